@@ -1,0 +1,1 @@
+"""What the kernel sees: FUSE callbacks, and the file system behind them without FUSE."""

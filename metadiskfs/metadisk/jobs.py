@@ -1,0 +1,106 @@
+"""What passes between the mount and its transfer process: jobs one way, results the other.
+
+Both run over SOCK_SEQPACKET socket pairs, one for uploads and one for fetches, so that a read never waits behind
+the upload queue. A message is one JSON object; the kernel keeps message borders and hands each job to whichever
+worker thread is waiting. Values only, no behaviour: the store room may import this module.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+MAX_MESSAGE = 128 * 1024
+"""Bytes. Block digests are the largest part: 16 bytes (32 in hex) per 128 KiB of chunk."""
+
+
+class _Message:
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), separators=(",", ":")).encode()  # type: ignore[call-overload]
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        fields: dict[str, Any] = json.loads(data)
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadJob(_Message):
+    """Put the chunk file at ``path`` on the node.
+
+    ``sha256`` (hex) and ``size`` (bytes) are what the file must prove to be before its last byte is sent.
+    """
+
+    id: int
+    path: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class UploadResult(_Message):
+    """``error`` is "" and the receipt proven, or the name of a class in errors.py and why.
+
+    ``blocks`` are the concatenated block digests (wire.block_digest) of the plaintext in hex, "" for a chunk of one
+    block: its own SHA-256 proves it. ``retry_after``: seconds the node asked for.
+    """
+
+    id: int
+    filehash: str = ""
+    key: str = ""
+    counter_start: int = 0
+    blocks: str = ""
+    error: str = ""
+    message: str = ""
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchJob(_Message):
+    """Bring one object as plaintext into the file at ``path`` (created by the worker, 0600), starting at a block.
+
+    The download begins at block ``first`` and runs to the end; what lies before follows afterwards. Every block is
+    proven (by its digest, or where ``blocks`` is "" by the SHA-256 of the whole) before it is announced.
+    """
+
+    id: int
+    path: str
+    filehash: str
+    key: str
+    counter_start: int
+    sha256: str
+    size: int
+    blocks: str = ""
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult(_Message):
+    """Blocks ``start`` to ``stop`` (exclusive) are in the file and proven; ``done`` when that is all of them.
+
+    The first block wanted is announced at once, later ones every few blocks. On ``error`` (see UploadResult) the
+    job is over and the worker has removed the file; blocks announced before stay readable through open descriptors.
+    """
+
+    id: int
+    start: int = 0
+    stop: int = 0
+    done: bool = False
+    error: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings(_Message):
+    """First message on the upload socket: whom to talk to, and how patiently.
+
+    ``token`` is fixed for an embedded node, "" where the worker is to ask the node for one. Times in seconds;
+    ``read_deadline`` bounds one fetch from its start to its first proven block, retries included.
+    """
+
+    url: str
+    token: str = ""
+    connect_timeout: float = 5.0
+    read_timeout: float = 20.0
+    read_deadline: float = 30.0

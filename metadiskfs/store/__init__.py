@@ -1,0 +1,1 @@
+"""What this machine remembers: the index, the chunk files, the queues to and from the node."""
