@@ -14,12 +14,16 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.wait import wait_for_read
+
+
+_LARGE = 64 * 1024
+"""Bytes. What is smaller is sent before a node could answer."""
 
 
 class Bounds(threading.local):
@@ -40,6 +44,10 @@ class Bounds(threading.local):
             yield
         finally:
             self.patience, self.deadline = before
+
+    def within_one_patience(self) -> AbstractContextManager[None]:
+        """For an answer of a few lines: it may neither be long in coming nor trickle."""
+        return self.within(self.patience, time.monotonic() + self.patience)
 
     def left(self) -> float:
         """Seconds the next step may take. Raises TimeoutError when there are none left."""
@@ -104,28 +112,35 @@ class _BoundedMixin:
             self.connect()  # type: ignore[attr-defined]
         view = memoryview(data)
         while len(view):
+            # An encrypted line may become readable for reasons of its own (session tickets).
+            if len(view) >= _LARGE and not isinstance(self.sock, ssl.SSLSocket):
+                self._stop_if_answered()
             self.sock.settimeout(BOUNDS.left())
             try:
                 view = view[self.sock.send(view) :]
             except TimeoutError:
-                if wait_for_read(self.sock, timeout=0):
-                    self._stop_sending()
+                self._stop_if_answered()
                 raise
-            # An encrypted line may become readable for reasons of its own (session tickets).
-            if len(view) and not isinstance(self.sock, ssl.SSLSocket) and wait_for_read(self.sock, timeout=0):
-                self._stop_sending()
 
-    def _stop_sending(self) -> None:
-        self._answered_early = True
-        raise BrokenPipeError("the node answered before it had read the body")
+    def _stop_if_answered(self) -> None:
+        if wait_for_read(self.sock, timeout=0):
+            self._answered_early = True
+            raise BrokenPipeError("the node answered before it had read the body")
 
     def getresponse(self) -> Any:
-        """Read the answer. A connection that still owes the rest of a body is not used again."""
-        response = super().getresponse()  # type: ignore[misc]
-        if self._answered_early:
-            self._answered_early = False
-            self.close()  # type: ignore[attr-defined]
-        return response
+        """Read the answer's head, all of it within one patience."""
+        with BOUNDS.within_one_patience():
+            return super().getresponse()  # type: ignore[misc]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the pool may lend it out again: not while it owes the rest of a body."""
+        connected: bool = super().is_connected  # type: ignore[misc]
+        return connected and not self._answered_early
+
+    def close(self) -> None:
+        self._answered_early = False
+        super().close()  # type: ignore[misc]
 
 
 class _BoundedHTTP(_BoundedMixin, HTTPConnection):  # type: ignore[misc]

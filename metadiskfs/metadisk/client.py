@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3 import BaseHTTPResponse, Retry, Timeout
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, Retry, Timeout
 from urllib3.exceptions import HTTPError, InvalidHeader
 
 from metadiskfs.errors import (
@@ -45,6 +45,7 @@ T = TypeVar("T")
 _MAX_ANSWER = 64 * 1024
 """Bytes. No JSON answer of a node is anywhere near as long; an endless one must not fill the memory."""
 _MAX_RETRY_AFTER = 3600.0
+_NO_LIMIT = 1_000_000_000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _SLOWEST_LINE = 4 * 1024
 """Bytes per second below which an upload is given up: a node that takes a byte now and then is not there."""
@@ -101,7 +102,8 @@ class Client:
         self._session.verify = ca_file or True
         adapter = _Adapter(pool_connections=1, pool_maxsize=connections)
         self._session.mount(self.url, adapter)
-        self._pool = adapter.poolmanager.connection_from_url(self.url)
+        anything = requests.Request("GET", self.url).prepare()
+        self._pool = cast(HTTPConnectionPool, adapter.get_connection_with_tls_context(anything, self._session.verify))
         adapter.cert_verify(self._pool, self.url, self._session.verify, None)  # type: ignore[no-untyped-call]
         self._tokens = Tokens(self._new_token, self._balance, fixed=token)
         self._counter_start = wire.COUNTER_STARTS[0]
@@ -231,7 +233,7 @@ class Client:
             )
             return response
 
-    def _json(self, method: str, route: str, deadline: float) -> dict[str, Any]:
+    def _json(self, method: str, route: str, deadline: float, *, tries: int = _NO_LIMIT) -> dict[str, Any]:
         """One of the rare routes. ``deadline`` in seconds."""
         until = time.monotonic() + deadline
         times = (self._connect_timeout, self._read_timeout)
@@ -247,12 +249,12 @@ class Client:
                 raise self._error(raw, answer, route.rpartition("/")[0])
             return _object(self.url, answer)
 
-        return persist(attempt, deadline=until)
+        return persist(attempt, deadline=until, tries=tries)
 
     def _answer(self, response: BaseHTTPResponse) -> bytes:
         """The whole of a short answer; the connection goes back to the pool. NodeRefused where it is not short."""
         try:
-            with self._translated():
+            with self._translated(), BOUNDS.within_one_patience():
                 answer = response.read(_MAX_ANSWER + 1, decode_content=False)
         finally:
             response.close()
@@ -261,9 +263,9 @@ class Client:
         return answer
 
     def _new_token(self) -> str:
-        """Ask the node for a token; "" from one that gives none."""
+        """Ask the node for a token, once: who needs it tries again. "" from a node that gives none."""
         try:
-            token = self._json("POST", wire.TOKEN_ROUTE, self._read_timeout).get("token")
+            token = self._json("POST", wire.TOKEN_ROUTE, self._read_timeout, tries=1).get("token")
         except (NodeRefused, ObjectMissing):
             return ""
         if not isinstance(token, str) or not (token.isascii() and token.isalnum() and len(token) <= 256):
@@ -272,7 +274,8 @@ class Client:
 
     def _balance(self, token: str) -> int:
         """Bytes left on a token."""
-        balance = self._json("GET", _BALANCE_ROUTE + quote(token, safe=""), self._read_timeout).get("balance")
+        route = _BALANCE_ROUTE + quote(token, safe="")
+        balance = self._json("GET", route, self._read_timeout, tries=1).get("balance")
         return balance if isinstance(balance, int) else 0
 
     # -- errors ---------------------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ class Client:
         return NodeRefused(message)
 
 
-def persist(attempt: Callable[[], T], *, deadline: float, tries: int = 1_000_000) -> T:
+def persist(attempt: Callable[[], T], *, deadline: float, tries: int = _NO_LIMIT) -> T:
     """Call until it succeeds, as long as the error may pass, with growing pauses between.
 
     ``deadline`` is a reading of time.monotonic(). Raises the last error; at once, when the node named a time that

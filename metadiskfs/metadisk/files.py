@@ -1,4 +1,4 @@
-"""Whole files to and from a node, as ``metadiskfs upload`` and ``download`` want them: without a volume, of any size."""
+"""Whole files to and from a node, as the commands ``upload`` and ``download`` want them: no volume, any size."""
 
 import hashlib
 import os
@@ -40,7 +40,7 @@ def download(
 ) -> int:
     """Fetch an object and open it into ``out``; returns the counter start it was sealed with.
 
-    ``out`` is an empty file open for reading and writing (unbuffered or not). Nothing in it is proven before the
+    ``out`` is an empty file open for reading and writing, buffered. Nothing in it is proven before the
     return: the ciphertext by the filehash, the key by the plaintext it must have been derived from. ``deadline``:
     seconds in which another piece must come, retries included. Raises ContentMismatch where either proof fails,
     NodeError and its kind.
