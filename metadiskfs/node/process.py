@@ -1,0 +1,163 @@
+"""The node as processes: a main one, which only watches, and workers, which answer.
+
+The main process is single-threaded and holds nothing, so that workers can be forked from it at any time (SIGHUP
+replaces them one after the other without losing a request). A worker dies with the main process however that dies.
+SIGTERM: no new connections, the requests under way are answered, then everything ends; after ``stop_timeout`` anyway.
+
+An embedded node belongs to the process that started it: when the pipe on its standard input closes, it ends.
+"""
+
+import ctypes
+import functools
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server.mp import MPServer
+
+from metadiskfs.errors import UsageError
+from metadiskfs.node import stalls
+from metadiskfs.node.accounts import Accounts
+from metadiskfs.node.engines import is_folder, open_engine
+from metadiskfs.node.gate import Gate
+from metadiskfs.node.server import Parts, build
+from metadiskfs.node.settings import NodeSettings
+from metadiskfs.node.traffic import Traffic
+
+log = logging.getLogger(__name__)
+
+OnReady = Callable[[str], None]
+"""Told the node's URL, in a worker process, once it answers."""
+
+_PR_SET_PDEATHSIG = 1
+_LOGGING = {"handlers": {}, "formatters": {}, "loggers": {"_granian": {"level": "ERROR", "propagate": True}}}
+
+
+def open_parts(settings: NodeSettings) -> Parts:
+    """Open store and accounts in this process. Raises UsageError, OSError, NodeError."""
+    engine = open_engine(settings)
+    accounts = Accounts(settings.state_dir / "accounts.db")
+    return Parts(engine, accounts, Traffic(accounts))
+
+
+def serve(settings: NodeSettings, *, on_ready: OnReady, owner_fd: int = -1) -> None:
+    """Run the node until SIGTERM or SIGINT, or until the other end of ``owner_fd`` (an embedded node's pipe) closes.
+
+    Port 0 picks a free one. Raises UsageError where the address is taken or the store cannot be opened.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+    settings, reserved = _reserve(settings)
+    if is_folder(settings.store):
+        _try_folders(settings)
+    loader = functools.partial(_load_worker, settings, os.getpid(), on_ready, owner_fd)
+    try:
+        _granian(settings).serve(target_loader=loader, wrap_loader=False)
+    finally:
+        reserved.close()
+
+
+def _try_folders(settings: NodeSettings) -> None:
+    """Say what is wrong before any process is started. Folders only: an S3 client's threads bear no fork."""
+    try:
+        open_parts(settings).close()
+    except OSError as error:
+        raise UsageError(f"cannot use the store {settings.store}: {error}") from error
+
+
+def url_of(settings: NodeSettings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
+
+
+def _granian(settings: NodeSettings) -> MPServer:
+    return MPServer(
+        "metadiskfs-node",
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.WSGI,
+        http=HTTPModes.http1,
+        workers=settings.workers,
+        blocking_threads=settings.threads,
+        # Counts connections, idle ones too. A client that keeps a thousand open must not shut others out.
+        backpressure=max(4096, settings.threads),
+        http1_settings=HTTP1Settings(header_read_timeout=int(settings.header_timeout * 1000)),
+        log_level=LogLevels.error,
+        log_dictconfig=_LOGGING,
+        ssl_cert=settings.tls_cert,
+        ssl_key=settings.tls_key,
+        ssl_protocol_min=SSLProtocols.tls12,
+        workers_kill_timeout=settings.stop_timeout,
+        respawn_failed_workers=settings.workers > 1,
+        websockets=False,
+    )
+
+
+def _reserve(settings: NodeSettings) -> tuple[NodeSettings, socket.socket]:
+    """Make sure that the address is free, and where the port is 0 choose one and keep it.
+
+    The workers share their port (SO_REUSEPORT), and so would two nodes of one user started by mistake: each would get
+    half of the requests. So it is first asked for alone. A bound socket that does not listen gets no connections, it
+    only keeps a chosen port from being given to someone else.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    probe = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings.port == 0:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        probe.bind((settings.host, settings.port))
+    except OSError as error:
+        probe.close()
+        raise UsageError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    if settings.port:
+        probe.close()
+    return replace(settings, port=settings.port or probe.getsockname()[1]), probe
+
+
+def _load_worker(settings: NodeSettings, main_pid: int, on_ready: OnReady, owner_fd: int) -> Gate:
+    """What a worker does first; it returns the application to be served."""
+    _die_with(main_pid)
+    parts = open_parts(settings)
+    multiprocessing.util.Finalize(None, parts.close, exitpriority=1)  # atexit does not run in such a process
+    gate = build(settings, parts)
+    stalls.watch(gate, settings.stall_timeout)
+    threading.Thread(target=_announce, args=(settings, on_ready), name="ready", daemon=True).start()
+    if owner_fd >= 0:
+        threading.Thread(target=_end_with_owner, args=(owner_fd, main_pid), name="owner", daemon=True).start()
+    return gate
+
+
+def _die_with(main_pid: int) -> None:
+    """Ask the kernel to kill this process when its parent ends: nobody else would after a kill -9 of the parent."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != main_pid:  # it ended before the line above
+        os._exit(1)
+
+
+def _announce(settings: NodeSettings, on_ready: OnReady) -> None:
+    """Tell when the first request is answered: the server itself has no such hook."""
+    while True:
+        try:
+            with socket.create_connection((settings.host, settings.port), timeout=1):
+                break
+        except OSError:
+            time.sleep(0.002)
+    on_ready(url_of(settings))
+
+
+def _end_with_owner(owner_fd: int, main_pid: int) -> None:
+    while os.read(owner_fd, 4096):
+        pass
+    log.info("the owner of this node has gone")
+    os.kill(main_pid, signal.SIGTERM)

@@ -1,0 +1,90 @@
+"""How much went through the node: running totals that survive it and are shared by its processes.
+
+Each process counts in memory and adds its increments to the accounts file every few seconds and when it ends; a
+kill -9 loses those seconds. Names in the file: ``in``, ``out`` (bytes of content), ``in:2026-11`` for a month,
+``request:upload:201`` by route and status, ``stored``, ``existed``, ``damaged`` for objects.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from metadiskfs.node.accounts import Accounts
+
+log = logging.getLogger(__name__)
+
+FLUSH_INTERVAL = 5.0
+"""Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    incoming: int
+    outgoing: int
+
+
+class Traffic:
+    """Counters; every method may be called from any thread."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._lock = threading.Lock()
+        self._fresh: Counter[str] = Counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
+        self._thread.start()
+
+    def received(self, size: int) -> None:
+        self._count_bytes("in", size)
+
+    def sent(self, size: int) -> None:
+        self._count_bytes("out", size)
+
+    def answered(self, route: str, status: int) -> None:
+        self.event(f"request:{route}:{status}")
+
+    def event(self, name: str) -> None:
+        with self._lock:
+            self._fresh[name] += 1
+
+    def totals(self) -> dict[str, int]:
+        """Everything counted so far, by all processes of the node; others' last seconds may be missing."""
+        self.flush()
+        return self._accounts.counters()
+
+    def moved(self) -> tuple[Bytes, Bytes]:
+        """Bytes of content in and out: in total, and in this month (UTC)."""
+        totals, month = self.totals(), _month()
+        return (
+            Bytes(totals.get("in", 0), totals.get("out", 0)),
+            Bytes(totals.get(f"in:{month}", 0), totals.get(f"out:{month}", 0)),
+        )
+
+    def flush(self) -> None:
+        with self._lock:
+            fresh, self._fresh = self._fresh, Counter()
+        if fresh:
+            self._accounts.count(fresh)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(FLUSH_INTERVAL)
+        self.flush()
+
+    def _count_bytes(self, direction: str, size: int) -> None:
+        with self._lock:
+            self._fresh[direction] += size
+            self._fresh[f"{direction}:{_month()}"] += size
+
+    def _run(self) -> None:
+        while not self._stop.wait(FLUSH_INTERVAL):
+            try:
+                self.flush()
+            except Exception:  # a full disk must not end the counting for good
+                log.exception("the traffic counters could not be written")
+
+
+def _month() -> str:
+    return time.strftime("%Y-%m", time.gmtime())
