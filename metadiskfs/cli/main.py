@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metadiskfs import __version__
-from metadiskfs.cli import node
+from metadiskfs.cli import look, mount, node
 from metadiskfs.errors import MetadiskfsError
 
 Commands = Any  # argparse's own type for add_subparsers() is private
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="metadiskfs", description="The MetaDisk network as a directory.")
     parser.add_argument("--version", action="version", version=f"metadiskfs {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (node,):
+    for module in (mount, look, node):
         module.register(commands)
     return parser
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or the one that errors.py gives what went wrong."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     arguments = build_parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.run(arguments))
     except MetadiskfsError as error:

@@ -1,0 +1,372 @@
+"""Composition: what a mount consists of, in which order it comes up and goes down, and what it answers to commands.
+
+Up: lock -> index -> recovery -> node -> FUSE, and in its init the threads, the transfer process, the control socket.
+Down, after the kernel let go: seal, stop the queues, transfer process, node, index, lock.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metadiskfs.config import Config
+from metadiskfs.control import ControlServer
+from metadiskfs.embedded import EmbeddedNode
+from metadiskfs.errors import MetadiskfsError, MountError, UsageError, VolumeBusy, WrongNode
+from metadiskfs.fs.links import links_of
+from metadiskfs.fs.operations import Operations
+from metadiskfs.fs.recovery import recover
+from metadiskfs.fs.volume import Volume
+from metadiskfs.metadisk.jobs import TransferSettings
+from metadiskfs.metadisk.transfer import Transfer
+from metadiskfs.store.cache import Cache
+from metadiskfs.store.chunks import Chunks
+from metadiskfs.store.fetcher import Fetcher
+from metadiskfs.store.index import Index
+from metadiskfs.store.uploader import Uploader
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+_SYNC_SECONDS = 60.0
+_READ_AHEAD_KIB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What one mount was asked for, besides the Config. ``fuse`` are options passed on to libfuse."""
+
+    mountpoint: Path
+    read_only: bool = False
+    sync: bool = False
+    node_moved: bool = False
+    writeback: bool = False
+    atime: bool = True
+    fuse: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_fuse_options(texts: list[str]) -> dict[str, Any]:
+    """Read ``-o a,b=c``: own ones and those of libfuse. Raises UsageError for what neither knows."""
+    known = {
+        "allow_other",
+        "allow_root",
+        "default_permissions",
+        "fsname",
+        "subtype",
+        "dev",
+        "suid",
+        "nodev",
+        "nosuid",
+    }
+    known |= {"exec", "noexec", "auto_unmount", "max_read", "context", "ro", "rw", "writeback", "noatime", "relatime"}
+    options: dict[str, Any] = {}
+    for part in ",".join(texts).split(","):
+        name, equals, value = part.partition("=")
+        if name and name not in known:
+            raise UsageError(f"unknown mount option {name!r}")
+        if name:
+            options[name] = value if equals else True
+    return options
+
+
+@contextlib.contextmanager
+def volume_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Own the volume as long as this lasts, waiting up to ``wait`` seconds. Raises VolumeBusy.
+
+    flock, because it stays with the open file: fcntl locks would vanish with any other descriptor that closes.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        until = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise VolumeBusy(
+                        f"the volume {folder.name!r} is mounted already, or still being unmounted"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(fd)
+
+
+class MountedVolume:
+    """One volume with its node and processes, from open to close."""
+
+    def __init__(self, config: Config, options: MountOptions) -> None:
+        """Open the index and recover; nothing runs yet. Raises VolumeError and its kind, UsageError."""
+        self.config = config
+        self.options = options
+        self.index = Index(config.volume_dir / "index.db", chunk_size=config.chunk_size)
+        self.node_name = settle_node(self.index, config.node, moved=options.node_moved)
+        self.cache = Cache(config.volume_dir, config.volume_cache_dir, limit=config.cache_size)
+        self.cache.measure()
+        self._doubt_after_power_cut()
+        self.chunks = Chunks(self.index, self.cache)
+        self.fetcher = Fetcher(self.chunks, self.cache, deadline=config.read_deadline)
+        self.uploader = Uploader(self.chunks, self.cache)
+        self.volume = Volume(
+            self.index,
+            self.cache,
+            self.chunks,
+            self.fetcher,
+            self.uploader,
+            read_only=options.read_only,
+            sync_timeout=_SYNC_SECONDS if options.sync else None,
+            atime=options.atime,
+        )
+        recover(self.volume)
+        self.node: EmbeddedNode | None = None
+        self.transfer: Transfer | None = None
+        self.control = ControlServer(config.volume_dir, self._handlers())
+        self._usage = (0, 0)
+        self._usage_due = 0.0
+
+    def _doubt_after_power_cut(self) -> None:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        if self.index.meta("session") not in (None, "", boot):
+            log.warning("the last session ended with the machine: chunk files prove themselves before use")
+            self.cache.doubt_older_than(time.time_ns())
+        with self.index.transaction(durable=True):
+            self.index.set_meta("session", boot)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def start_node(self) -> None:
+        """Start the embedded node, where the volume has no other. Raises NodeUnreachable."""
+        if self.node_name == EMBEDDED:
+            self.node = EmbeddedNode(self.config.embedded_node_dir, on_restart=self.uploader.retry_now)
+            self.node.start()
+
+    @property
+    def url(self) -> str:
+        return self.node.url if self.node is not None else self.node_name
+
+    def start(self) -> None:
+        """Start threads and the transfer process. Called from FUSE's init."""
+        settings = TransferSettings(
+            self.url,
+            self.node.token if self.node is not None else "",
+            self.config.connect_timeout,
+            self.config.read_timeout,
+            self.config.read_deadline,
+        )
+        self.transfer = Transfer(
+            settings,
+            on_upload=self.uploader.on_result,
+            on_fetch=self.fetcher.on_result,
+            on_restart=self._transfer_restarted,
+        )
+        self.fetcher.transfer = self.uploader.transfer = self.transfer
+        self.transfer.start()
+        self.volume.start()
+        self.uploader.wake()
+        self.control.start()
+
+    def _transfer_restarted(self) -> None:
+        self.uploader.on_restart()
+        self.fetcher.on_restart()
+
+    def stop(self) -> None:
+        """Seal what is open and end everything, in the order that lets results arrive. Raises nothing foreseeable."""
+        self.control.stop()
+        clean = True
+        try:
+            self.volume.stop()
+        except (MetadiskfsError, OSError) as error:
+            clean = False
+            log.error("not everything could be sealed, the next mount takes it up: %s", error)
+        if self.transfer is not None:
+            self.transfer.close()
+        if self.node is not None:
+            self.node.stop()
+        if clean:
+            os.sync()  # chunk files too, so that the next start need not doubt them
+            with self.index.transaction(durable=True):
+                self.index.set_meta("session", "")
+        self.index.checkpoint()
+        self.index.close()
+        self.cache.descriptors.close()
+
+    # -- figures --------------------------------------------------------------------------------------------------
+
+    def statfs(self) -> tuple[int, int, int]:
+        """(bytes in all, bytes free, files), as df shows them: the disk under an embedded node, else no limit."""
+        used, files = self._measured_usage()
+        disk = os.statvfs(self.config.data_dir)
+        if self.node is not None:
+            return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize, files
+        limit = 1 << 50
+        return limit, limit - used, files
+
+    def _measured_usage(self) -> tuple[int, int]:
+        """(bytes held, files) of the volume, counted anew when the last count is twenty times its own cost old."""
+        now = time.monotonic()
+        if now >= self._usage_due:
+            self._usage = self.index.usage()
+            self._usage_due = now + 20 * (time.monotonic() - now)
+        return self._usage
+
+    # -- answers to commands --------------------------------------------------------------------------------------
+
+    def _handlers(self) -> dict[str, Callable[[dict[str, Any]], Iterator[dict[str, Any]]]]:
+        return {
+            "mount": self._answer_mount,
+            "status": self._answer_status,
+            "sync": self._answer_sync,
+            "clear_cache": self._answer_clear_cache,
+            "links": self._answer_links,
+            "node": self._answer_node,
+        }
+
+    def _answer_mount(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield {"mountpoint": str(self.options.mountpoint), "volume": self.config.volume, "pid": os.getpid()}
+
+    def _answer_node(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield {"url": self.url, "token": self.node.token if self.node is not None else ""}
+
+    def _answer_status(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        cache = self.cache
+        yield {
+            "volume": self.config.volume,
+            "mountpoint": str(self.options.mountpoint),
+            "node": self.url,
+            "embedded": self.node is not None,
+            "read_only": self.options.read_only,
+            "pid": os.getpid(),
+            "transfer_pid": self.transfer.pid if self.transfer is not None else None,
+            "node_pid": self.node.pid if self.node is not None else None,
+            **self.chunks.totals(),
+            "cache_bytes": cache.pending_bytes + cache.cached_bytes,
+            "cache_limit": cache.limit,
+            **self.uploader.state(),
+        }
+
+    def _answer_sync(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Seal, then report what is pending until nothing is."""
+        self.volume.seal_all()
+        self.uploader.retry_now()
+        while True:
+            chunks, size = self.chunks.pending_total()
+            yield {"pending_chunks": chunks, "pending_bytes": size, **self.uploader.state()}
+            if not chunks:
+                return
+            self.uploader.wait_progress(0.2)
+
+    def _answer_clear_cache(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield {"freed_bytes": self.cache.clear()}
+
+    def _answer_links(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        inode = self.volume.tree.resolve(os.fsencode(request["path"]))
+        if not inode.is_regular:
+            raise UsageError("only files have links")
+        for link in links_of(self.volume, inode):
+            yield {"link": str(link)}
+
+
+def settle_node(index: Index, asked: str, *, moved: bool = False) -> str:
+    """The node that holds the volume's chunks: a URL or EMBEDDED. The first mount decides; ``moved`` corrects it.
+
+    Raises WrongNode when another is asked for.
+    """
+    known: str | None = index.meta("node")
+    if known is None or (moved and asked):
+        known = asked or EMBEDDED
+        with index.transaction():
+            index.set_meta("node", known)
+    elif asked and asked != known:
+        raise WrongNode(
+            f"this volume's chunks lie on {known}, not on {asked}; use another --volume for another node,"
+            " or --node-moved if it is the same one under a new address"
+        )
+    return known
+
+
+def serve(config: Config, options: MountOptions, on_ready: Callable[[], None]) -> None:
+    """Mount, serve until unmounted, and clean up. ``on_ready`` is called when the directory is usable.
+
+    Raises VolumeError and its kind, NodeUnreachable, MountError.
+    """
+    with volume_lock(config.volume_dir):
+        mounted = MountedVolume(config, options)
+        try:
+            mounted.start_node()
+            _serve_fuse(mounted, options, on_ready)
+        finally:
+            mounted.stop()
+
+
+def _serve_fuse(mounted: MountedVolume, options: MountOptions, on_ready: Callable[[], None]) -> None:
+    def ready() -> None:
+        mounted.start()
+        threading.Thread(target=_when_usable, args=(options.mountpoint, on_ready), daemon=True).start()
+
+    fuse = {"fsname": "metadiskfs", "subtype": "metadiskfs", "default_permissions": True, **options.fuse}
+    if options.read_only:
+        fuse["ro"] = True
+    try:
+        Operations(
+            mounted.volume,
+            str(options.mountpoint),
+            on_ready=ready,
+            statfs=mounted.statfs,
+            writeback=options.writeback,
+            **fuse,
+        )
+    except RuntimeError as error:
+        raise MountError(f"FUSE could not mount {options.mountpoint} (status {error})") from error
+
+
+def _when_usable(mountpoint: Path, on_ready: Callable[[], None]) -> None:
+    """The first stat through the kernel: init's answer reaches it only after init returned."""
+    _raise_read_ahead(os.stat(mountpoint).st_dev)
+    on_ready()
+
+
+def _raise_read_ahead(device: int) -> None:
+    """The kernel caps FUSE's read-ahead at 128 KiB; whoever may (root) raises it: buffered reads twice as fast."""
+    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    try:
+        Path(path).write_text(str(_READ_AHEAD_KIB))
+    except OSError as error:
+        log.debug("read-ahead stays as it is: %s", error)
+
+
+def prepare_mountpoint(mountpoint: Path) -> None:
+    """Make a missing mountpoint; detach one that a dead mount left behind. Raises MountError."""
+    try:
+        os.stat(mountpoint)
+    except FileNotFoundError:
+        mountpoint.mkdir(parents=True)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise MountError(f"{mountpoint}: {error.strerror}") from error
+        log.warning("%s belongs to a mount that died: detaching it", mountpoint)
+        detach(mountpoint, lazy=True)
+    if not mountpoint.is_dir():
+        raise MountError(f"{mountpoint} is not a directory")
+    if os.path.ismount(mountpoint):
+        raise MountError(f"something is mounted at {mountpoint} already")
+
+
+def detach(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount by fusermount3, which needs no root. Raises MountError with what it says (busy, not mounted)."""
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except FileNotFoundError:
+        raise MountError("fusermount3 is missing: install the package fuse3") from None
+    if done.returncode:
+        raise MountError(done.stderr.strip() or f"fusermount3 ended with status {done.returncode}")

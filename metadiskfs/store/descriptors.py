@@ -1,0 +1,86 @@
+"""Open files of the store, kept open for the next access, never more than a fixed number when idle."""
+
+import os
+import threading
+from collections import OrderedDict
+
+
+class OpenFile:
+    """A borrowed descriptor. Valid until given back; ``with`` does that."""
+
+    __slots__ = ("_owner", "fd", "forgotten", "path", "users")
+
+    def __init__(self, owner: "Descriptors", path: str, fd: int) -> None:
+        self._owner = owner
+        self.path = path
+        self.fd = fd
+        self.users = 1
+        self.forgotten = False
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        self._owner.give_back(self)
+
+
+class Descriptors:
+    """Least recently used cache of descriptors by path. Safe to use from any thread; its lock is a leaf."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
+
+    def borrow(self, path: str, flags: int = os.O_RDWR) -> OpenFile:
+        """Open ``path`` or take its open descriptor. Raises OSError. A path is always opened with the same flags."""
+        with self._lock:
+            found = self._open.get(path)
+            if found is not None:
+                found.users += 1
+                self._open.move_to_end(path)
+                return found
+        opened = OpenFile(self, path, os.open(path, flags | os.O_CLOEXEC, 0o600))
+        with self._lock:
+            if path in self._open:  # somebody was faster: ours serves this one use
+                opened.forgotten = True
+                return opened
+            self._open[path] = opened
+            excess = self._trim()
+        for fd in excess:
+            os.close(fd)
+        return opened
+
+    def give_back(self, opened: OpenFile) -> None:
+        with self._lock:
+            opened.users -= 1
+            close = opened.forgotten and opened.users == 0
+        if close:
+            os.close(opened.fd)
+
+    def forget(self, path: str) -> None:
+        """Close ``path`` as soon as nobody uses it; a later borrow opens anew. Needed before a rename or unlink."""
+        with self._lock:
+            opened = self._open.pop(path, None)
+            if opened is None:
+                return
+            opened.forgotten = True
+            close = opened.users == 0
+        if close:
+            os.close(opened.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            paths = list(self._open)
+        for path in paths:
+            self.forget(path)
+
+    def _trim(self) -> list[int]:
+        excess = []
+        if len(self._open) > self._capacity:
+            idle = [path for path, opened in self._open.items() if opened.users == 0]
+            for path in idle[: len(self._open) - self._capacity]:
+                opened = self._open.pop(path)
+                opened.forgotten = True
+                excess.append(opened.fd)
+        return excess

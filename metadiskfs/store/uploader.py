@@ -1,0 +1,281 @@
+"""Pending chunks to the node. The queue is a column of the index; what is in flight is known here only, in memory.
+
+A failed upload is tried again for ever, with growing pauses. What went wrong with one chunk delays that chunk; only
+when several in a row failed for the node's sake does everything wait, with one chunk at a time to probe. Results
+come in on the transfer's receiver thread and are recorded in batches by the uploader's own.
+"""
+
+import heapq
+import logging
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from metadiskfs import errors
+from metadiskfs.errors import MetadiskfsError, NodeError
+from metadiskfs.metadisk.jobs import UploadJob, UploadResult
+from metadiskfs.store.cache import Cache
+from metadiskfs.store.chunks import Chunks, Receipt
+from metadiskfs.store.ports import Transfer
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+_DOWN_AFTER = 4
+"""Failures in a row, without a success between, after which the node counts as away."""
+
+
+@dataclass(slots=True)
+class Failure:
+    """What a chunk's last attempt came to. ``due`` is in time.monotonic() seconds."""
+
+    attempts: int
+    due: float
+    error: str
+    transient: bool
+
+
+class Uploader:
+    """Keeps up to ``in_flight_limit`` uploads under way. Safe to use from any thread; its lock is a leaf."""
+
+    def __init__(self, chunks: Chunks, cache: Cache, *, in_flight_limit: int = 32) -> None:
+        self._chunks = chunks
+        self._cache = cache
+        self._limit = in_flight_limit
+        self._lock = threading.Condition(threading.Lock())
+        self._wake = threading.Event()
+        self._in_flight: dict[int, UploadJob] = {}
+        self._results: deque[UploadResult] = deque()
+        self._failures: dict[int, Failure] = {}
+        self._retries: list[tuple[float, int]] = []
+        self._cursor = 0
+        self._failed_in_a_row = 0
+        self._paused_until = 0.0
+        self._stop = False
+        self._stored = 0
+        self.last_error = ""
+        self.transfer: Transfer | None = None
+        self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; results that arrived are recorded, the rest stays pending."""
+        self._stop = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wake(self) -> None:
+        """There may be new pending chunks."""
+        self._wake.set()
+
+    def retry_now(self) -> None:
+        """Forget all pauses: somebody is waiting."""
+        with self._lock:
+            self._paused_until = 0.0
+            self._retries = [(0.0, chunk) for chunk in self._failures]
+        self._wake.set()
+
+    def requeue(self, chunk: int) -> None:
+        """Take a chunk up that became pending again behind the cursor."""
+        with self._lock:
+            heapq.heappush(self._retries, (0.0, chunk))
+        self._wake.set()
+
+    def wait_progress(self, timeout: float) -> bool:
+        """Wait until another chunk is stored. False when none was within ``timeout`` seconds."""
+        with self._lock:
+            before = self._stored
+            return self._lock.wait_for(lambda: self._stored > before, timeout)
+
+    def wait_stored(self, chunks: set[int], timeout: float) -> None:
+        """Wait until none of the chunks is pending. Raises what their upload failed with, or NodeUnreachable."""
+        until = time.monotonic() + timeout
+        with self._lock:
+            for chunk in chunks & self._failures.keys():
+                heapq.heappush(self._retries, (0.0, chunk))
+        self._wake.set()
+        while waiting := {chunk for chunk in chunks if self._chunks.pending_of(chunk)}:
+            with self._lock:
+                for chunk in waiting & self._failures.keys():
+                    failure = self._failures[chunk]
+                    if not failure.transient or time.monotonic() >= until:
+                        raise _error_named(failure.error)
+                if time.monotonic() >= until:
+                    raise errors.NodeUnreachable("the node did not acknowledge in time")
+                self._lock.wait(0.5)
+
+    def state(self) -> dict[str, object]:
+        """For ``status``: uploads in flight, failures, and when the next try is due (seconds from now)."""
+        with self._lock:
+            now = time.monotonic()
+            due = [self._paused_until] if self._paused_until > now else []
+            due += [failure.due for failure in self._failures.values()]
+            return {
+                "in_flight": len(self._in_flight),
+                "failing_chunks": len(self._failures),
+                "node_away": self._failed_in_a_row >= _DOWN_AFTER,
+                "last_error": self.last_error if self._failures or self._failed_in_a_row else "",
+                "next_try_seconds": max(0.0, round(min(due) - now, 1)) if due else None,
+            }
+
+    # -- from the transfer process --------------------------------------------------------------------------------
+
+    def on_result(self, result: UploadResult) -> None:
+        self._results.append(result)
+        self._wake.set()
+
+    def on_restart(self) -> None:
+        """The process that had the jobs is gone: hand them out anew."""
+        with self._lock:
+            for chunk in self._in_flight:
+                heapq.heappush(self._retries, (0.0, chunk))
+            self._in_flight.clear()
+        self._wake.set()
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(self._seconds_to_next())
+            self._wake.clear()
+            try:
+                self._record()
+                if self._stop:
+                    return
+                self._hand_out()
+            except MetadiskfsError as error:
+                log.error("the upload queue stands still for a moment: %s", error)
+                time.sleep(1)
+                self._wake.set()
+
+    def _seconds_to_next(self) -> float | None:
+        with self._lock:
+            if not self._retries or len(self._in_flight) >= self._limit:
+                return None
+            due = max(self._retries[0][0], self._paused_until)
+            return max(0.0, due - time.monotonic())
+
+    def _record(self) -> None:
+        """Settle the results that arrived: good ones in one transaction, failures each with its next try."""
+        receipts: list[Receipt] = []
+        settled: list[UploadResult] = []
+        while self._results:
+            result = self._results.popleft()
+            settled.append(result)
+            if not result.error:
+                receipts.append(_receipt(result))
+        if not settled:
+            return
+        try:
+            self._chunks.mark_stored(receipts)
+        except MetadiskfsError:
+            self._results.extendleft(reversed(settled))  # the node has them, the index must learn it
+            raise
+        with self._lock:
+            for result in settled:
+                self._in_flight.pop(result.id, None)
+                if result.error:
+                    self._failed(result)
+                else:
+                    self._succeeded(result.id)
+            self._lock.notify_all()
+
+    def _succeeded(self, chunk: int) -> None:
+        self._stored += 1
+        self._failures.pop(chunk, None)
+        if self._failed_in_a_row:
+            self._failed_in_a_row = 0
+            if self._paused_until:  # it is back: what failed for its sake need not wait
+                self._paused_until = 0.0
+                for number, failure in self._failures.items():
+                    if failure.transient:
+                        heapq.heappush(self._retries, (0.0, number))
+
+    def _failed(self, result: UploadResult) -> None:
+        kind = _error_kind(result.error)
+        transient = getattr(kind, "transient", False) or kind is errors.BalanceInsufficient
+        attempts = self._failures[result.id].attempts + 1 if result.id in self._failures else 1
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(attempts - 1, 10)) * random.uniform(0.75, 1.25)
+        pause = max(pause, min(result.retry_after or 0.0, 10 * _LONGEST_PAUSE))
+        self.last_error = f"{result.error}: {result.message}"
+        due = time.monotonic() + pause
+        self._failures[result.id] = Failure(attempts, due, f"{result.error}: {result.message}", transient)
+        heapq.heappush(self._retries, (due, result.id))
+        log.warning(
+            "upload of chunk %d failed (attempt %d), next in %.0f s: %s", result.id, attempts, pause, result.message
+        )
+        if transient:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= _DOWN_AFTER:
+                steps = self._failed_in_a_row - _DOWN_AFTER
+                self._paused_until = time.monotonic() + max(
+                    min(_LONGEST_PAUSE, 2.0 ** min(steps, 10)), result.retry_after or 0
+                )
+
+    def _hand_out(self) -> None:
+        assert self.transfer is not None
+        while True:
+            with self._lock:
+                paused = self._failed_in_a_row >= _DOWN_AFTER
+                room = (1 if paused else self._limit) - len(self._in_flight)
+                if room <= 0 or time.monotonic() < self._paused_until:
+                    return
+                batch = self._due(room)
+            fresh = self._chunks.pending_after(self._cursor, room - len(batch)) if len(batch) < room else []
+            entries = [entry for chunk in batch if (entry := self._entry(chunk))]
+            if not batch and not fresh:
+                return
+            for chunk, sha256, size in (*entries, *fresh):
+                job = UploadJob(chunk, self._cache.sealed_path(sha256), sha256.hex(), size)
+                with self._lock:
+                    if chunk in self._in_flight:
+                        continue
+                    self._in_flight[chunk] = job
+                self._cursor = max(self._cursor, chunk)
+                if not self.transfer.upload(job):
+                    with self._lock:
+                        self._in_flight.pop(chunk, None)
+                        heapq.heappush(self._retries, (time.monotonic() + 0.05, chunk))
+                    return
+
+    def _due(self, room: int) -> list[int]:
+        now = time.monotonic()
+        batch: list[int] = []
+        while self._retries and self._retries[0][0] <= now and len(batch) < room:
+            chunk = heapq.heappop(self._retries)[1]
+            if chunk not in self._in_flight and chunk not in batch:
+                batch.append(chunk)
+        return batch
+
+    def _entry(self, chunk: int) -> tuple[int, bytes, int] | None:
+        """The queue's row of a chunk that is due again; forgets the chunk when it needs no upload any more."""
+        entry = self._chunks.pending_of(chunk)
+        if entry is None:
+            with self._lock:
+                self._failures.pop(chunk, None)
+        return entry
+
+
+def _receipt(result: UploadResult) -> Receipt:
+    return Receipt(
+        result.id,
+        bytes.fromhex(result.filehash),
+        bytes.fromhex(result.key),
+        result.counter_start,
+        bytes.fromhex(result.blocks),
+    )
+
+
+def _error_kind(name: str) -> type[MetadiskfsError]:
+    kind = getattr(errors, name, NodeError)
+    return kind if isinstance(kind, type) and issubclass(kind, MetadiskfsError) else NodeError
+
+
+def _error_named(text: str) -> MetadiskfsError:
+    name, _, message = text.partition(": ")
+    return _error_kind(name)(message)
