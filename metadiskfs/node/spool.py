@@ -22,7 +22,7 @@ _LOCK_NAME = "lock"
 
 
 @contextlib.contextmanager
-def flocked(path: Path, mode: int) -> Iterator[None]:
+def flocked(path: str | Path, mode: int) -> Iterator[None]:
     """Hold an flock on ``path`` (created 0600), opened anew: threads sharing a descriptor share its lock."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -35,7 +35,7 @@ def flocked(path: Path, mode: int) -> Iterator[None]:
 class Spool:
     """One temporary file: plaintext while it comes in, ciphertext after it was sealed in place. One thread's own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self.size = 0
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -85,11 +85,12 @@ class SpoolFolder:
             self.path = Path(tempfile.mkdtemp(prefix="p", dir=root))
             self._lock_fd = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        self._prefix = f"{self.path}/"
         self._names = iter(range(1 << 62))
 
     def create(self) -> Spool:
         """A new empty file. Any thread. Raises OSError."""
-        return Spool(self.path / str(next(self._names)))
+        return Spool(f"{self._prefix}{next(self._names)}")
 
     def close(self) -> None:
         """Remove the folder with all that is left in it. May be called twice."""
