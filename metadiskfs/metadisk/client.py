@@ -222,7 +222,7 @@ class Client:
             response: BaseHTTPResponse = self._pool.urlopen(
                 method,
                 self._path + route,
-                body=body,
+                body=body,  # type: ignore[arg-type]  # memoryviews are sent like bytes
                 headers=headers,
                 retries=False,
                 redirect=False,

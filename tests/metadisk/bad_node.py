@@ -66,20 +66,7 @@ class BadNode:
     """Settings may be changed while it runs."""
 
     def __init__(self, *, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self.counter_start = 0
-        self.passphrase = wire.PASSPHRASE
-        self.ranges = True
-        self.keep_alive = True
-        self.lengths = "length"  # or "chunked", or "none": ended by closing
-        self.good_tokens: set[str] | None = None  # others are refused with token_status
-        self.token_status = 401
-        self.balances: dict[str, int] = {}
-        self.charge_downloads = False
-        self.objects: dict[str, bytes] = {}
-        self.requests: list[Request] = []
-        self.connections = 0
-        self.tokens_given = 0
-        self._faults: dict[str, list[list[Any]]] = {}
+        self.reset()
         self._lock = threading.Lock()
         self._tls = tls
         self._stop = threading.Event()
@@ -95,8 +82,27 @@ class BadNode:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def reset(self) -> None:
+        """Become good again, and empty. Connections stay."""
+        self.counter_start = 0
+        self.passphrase = wire.PASSPHRASE
+        self.ranges = True
+        self.keep_alive = True
+        self.lengths = "length"  # or "chunked", or "none": ended by closing
+        self.good_tokens: set[str] | None = None  # others are refused with token_status
+        self.token_status = 401
+        self.balances: dict[str, int] = {}
+        self.charge_downloads = False
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[Request] = []
+        self.connections = 0
+        self.tokens_given = 0
+        self._faults: dict[str, list[list[Any]]] = {}
+
     def stop(self) -> None:
         """Hang up everywhere; the port refuses from now on."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -21,7 +21,7 @@ def node() -> Iterator[BadNode]:
 
 @pytest.fixture
 def client(node: BadNode) -> Iterator[Client]:
-    client = Client(node.url, connect_timeout=1, read_timeout=0.6)
+    client = Client(node.url, connect_timeout=1, read_timeout=0.4)
     yield client
     client.close()
 
