@@ -124,7 +124,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._fuse: ctypes.c_void_p | None = None
         self._init_failure: Exception | None = None
         if mfusepy.fuse_version_minor >= 12:
-            options.setdefault("max_threads", _THREADS)  # 3.14 complains of its own default
+            options |= {"max_threads": _THREADS, "max_idle_threads": _THREADS}  # 3.14 complains of its own defaults
         wanted = types.SimpleNamespace(use_ns=True, **dict.fromkeys(_CALLBACKS, True))
         super().__init__(wanted, mountpoint, foreground=True, **options)
         if self._init_failure is not None:
