@@ -113,7 +113,7 @@ def _settings(arguments: argparse.Namespace, token: str) -> "NodeSettings":
         given = {"threads": 32, "client_uploads": 32, "client_requests": 32, "stop_timeout": 10} | given
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key go together")
-    if min(arguments.workers, *(value for value in given.values())) <= 0:
+    if min([arguments.workers, *given.values()]) <= 0:
         raise UsageError("counts and times are greater than 0")
     store, state = _store(arguments)
     return NodeSettings(

@@ -41,7 +41,4 @@ def path(text: str) -> str:
 
 def _escape(text: str) -> str:
     text = _KEY.sub("key=-", text)  # a link pasted with its '?' escaped arrives as part of the path
-    return _UNSAFE.sub(
-        lambda match: match[0].encode("unicode_escape").decode() if match[0] > "~" else f"\\x{ord(match[0]):02x}",
-        text,
-    )
+    return _UNSAFE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -26,12 +26,12 @@ from granian.log import LogLevels
 from granian.server.mp import MPServer
 
 from metadiskfs.errors import UsageError
-from metadiskfs.node import stalls
 from metadiskfs.node.accounts import Accounts
 from metadiskfs.node.engines import is_folder, open_engine
 from metadiskfs.node.gate import Gate
 from metadiskfs.node.server import Parts, build
 from metadiskfs.node.settings import NodeSettings
+from metadiskfs.node.stalls import StallWatcher
 from metadiskfs.node.traffic import Traffic
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _load_worker(settings: NodeSettings, main_pid: int, on_ready: OnReady, owner
     parts = open_parts(settings)
     multiprocessing.util.Finalize(None, parts.close, exitpriority=1)  # atexit does not run in such a process
     gate = build(settings, parts)
-    stalls.watch(gate, settings.stall_timeout)
+    StallWatcher(gate, settings.stall_timeout).start()
     threading.Thread(target=_announce, args=(settings, on_ready), name="ready", daemon=True).start()
     if owner_fd >= 0:
         threading.Thread(target=_end_with_owner, args=(owner_fd, main_pid), name="owner", daemon=True).start()

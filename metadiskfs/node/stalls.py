@@ -1,76 +1,90 @@
 """Cutting off connections that hold a thread and do not move. Linux only: it asks the kernel about its sockets.
 
 The HTTP server gives no access to a request's socket, and a thread that waits inside it for a client cannot be
-woken. But the sockets are this process's own descriptors, and the kernel knows when each last moved.
+woken. But the sockets are this process's own descriptors, and the kernel knows how much each has moved.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 import struct
-import termios
 import threading
 import time
+from collections.abc import Iterator
 
 from metadiskfs.node.gate import Gate
 
 log = logging.getLogger(__name__)
 
-_TCP_INFO_SIZE = 104
-_LAST_DATA_SENT, _LAST_DATA_RECEIVED = 44, 52  # offsets in struct tcp_info (linux/tcp.h): milliseconds, 32 bit
+_TCP_INFO_SIZE = 136
+_BYTES_ACKED, _BYTES_RECEIVED = 120, 128  # offsets in struct tcp_info (linux/tcp.h), 64 bit each
+_PROGRESS = 16 << 10
+"""Bytes, either way, that count as moving. Less in a whole stall timeout is a trickle."""
 
 
-def watch(gate: Gate, patience: float) -> threading.Thread:
-    """Start the watcher of this process; it looks four times per ``patience`` seconds."""
-    thread = threading.Thread(target=_run, args=(gate, patience), name="stalls", daemon=True)
-    thread.start()
-    return thread
+class StallWatcher:
+    """Looks at all connections of this process, four times in ``patience`` seconds, from a thread of its own."""
 
+    def __init__(self, gate: Gate, patience: float) -> None:
+        self._gate = gate
+        self._patience = patience
+        self._marks: dict[str, tuple[float, int]] = {}  # socket -> when it last moved, bytes moved by then
 
-def _run(gate: Gate, patience: float) -> None:
-    while True:
-        time.sleep(min(5.0, patience / 4))
-        try:
-            if clients := gate.stalled(time.monotonic()):
-                cut_idle(clients, patience)
-        except Exception:
-            log.exception("looking for stalled connections failed")
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="stalls", daemon=True).start()
 
+    def look(self, now: float) -> int:
+        """Note what has moved, and shut down what stands still for clients that hold a thread; how many.
 
-def cut_idle(clients: set[str], patience: float) -> int:
-    """Shut down this process's connections to ``clients`` that did not move for ``patience`` seconds; how many.
-
-    A client with one stalled request may lose a second one that the node has worked on for as long without sending a
-    byte; it comes again.
-    """
-    cut = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError, ValueError):  # closed meanwhile, or no connected socket
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                if _peer(connection) in clients and _is_idle(connection, patience):
+        A client with one stalled request may lose a second one that the node has worked on for as long without
+        sending a byte; it comes again.
+        """
+        stalled = self._gate.stalled(now)
+        marks: dict[str, tuple[float, int]] = {}
+        cut = 0
+        for name, connection in _connections():
+            moved = _bytes_moved(connection)
+            mark = self._marks.get(name, (now, moved))
+            marks[name] = (now, moved) if moved - mark[1] >= _PROGRESS else mark
+            if now - marks[name][0] >= self._patience and _peer(connection) in stalled:
+                with contextlib.suppress(OSError):  # closed this moment
                     connection.shutdown(socket.SHUT_RDWR)
                     cut += 1
-    if cut:
-        log.warning("cut %d connections that did not move for %.0f s", cut, patience)
-    return cut
+        self._marks = marks
+        if cut:
+            log.warning("cut %d connections that did not move for %.0f s", cut, self._patience)
+        return cut
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(min(5.0, self._patience / 4))
+            try:
+                self.look(time.monotonic())
+            except Exception:
+                log.exception("looking for stalled connections failed")
+
+
+def _connections() -> Iterator[tuple[str, socket.socket]]:
+    """This process's connected TCP sockets, each under a name that no later one gets; valid until the next."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            name = os.readlink(f"/proc/self/fd/{descriptor}")
+            if not name.startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and _peer(connection):
+                    yield name, connection
 
 
 def _peer(connection: socket.socket) -> str:
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
-        raise ValueError("not TCP")
-    address = str(connection.getpeername()[0])
-    return address.removeprefix("::ffff:")
+    try:
+        return str(connection.getpeername()[0]).removeprefix("::ffff:")
+    except OSError:
+        return ""  # a listening socket, or one that was closed this moment
 
 
-def _is_idle(connection: socket.socket, patience: float) -> bool:
-    """Nothing came in, and either nothing went out or what goes out is not taken."""
+def _bytes_moved(connection: socket.socket) -> int:
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
-    sent = struct.unpack_from("=I", info, _LAST_DATA_SENT)[0]
-    received = struct.unpack_from("=I", info, _LAST_DATA_RECEIVED)[0]
-    unsent = struct.unpack("=i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-    limit = patience * 1000
-    return bool(received > limit and (sent > limit or unsent > 0))
+    acked, received = (struct.unpack_from("=Q", info, offset)[0] for offset in (_BYTES_ACKED, _BYTES_RECEIVED))
+    return int(acked) + int(received)
