@@ -16,6 +16,7 @@ Routes: token, upload, download (GET and HEAD), find, status, balance, any. Faul
     drip                        answers with one byte of header every 50 ms, for ever
     drip-body                   the same with the body
     slow:SECONDS                waits, then does its duty
+    pace:SECONDS                waits before each 100,000 bytes of a download
     truncate:N                  announces the whole body, sends N bytes and closes
     short:N                     an orderly answer with the first N bytes only
     alter:N                     flips a bit of byte N
@@ -421,6 +422,11 @@ class _Exchange:
             raise _Cut
 
     def _send_body(self, content: bytes, how: str) -> None:
+        if self.fault == "pace":
+            for start in range(0, len(content), 100_000):
+                time.sleep(float(self.arg))
+                self.sock.sendall(content[start : start + 100_000])
+            return
         if how != "chunked":
             self.sock.sendall(content)
             return

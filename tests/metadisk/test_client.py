@@ -26,7 +26,7 @@ from metadiskfs.errors import (
     UsageError,
 )
 from metadiskfs.metadisk import wire
-from metadiskfs.metadisk.body import PIECE, Source
+from metadiskfs.metadisk.body import PIECE, Source, filehash_of
 from metadiskfs.metadisk.client import Client, Receipt
 from tests.metadisk.bad_node import BadNode
 
@@ -111,12 +111,22 @@ def test_a_node_that_closes_each_connection(client: Client, node: BadNode, chunk
         assert upload(client, chunk(content), content).link == wire.link_of(content)
 
 
-def test_counter_start_one_is_proven_and_remembered(client: Client, node: BadNode, chunk: Write) -> None:
+def test_counter_start_one_is_proven_and_remembered(
+    client: Client, node: BadNode, chunk: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node.counter_start = 1
-    for content in (b"first", b"second"):
+    passes: list[int] = []
+
+    def counted(source: Source, *, key: bytes, counter_start: int) -> str:
+        passes.append(counter_start)
+        return filehash_of(source, key=key, counter_start=counter_start)
+
+    monkeypatch.setattr("metadiskfs.metadisk.client.filehash_of", counted)
+    for content in (b"first", b"second", b"third"):
         receipt = upload(client, chunk(content), content)
         assert receipt.counter_start == 1
         assert receipt.link == wire.link_of(content, counter_start=1)
+    assert passes == [0, 1]
 
 
 @pytest.mark.parametrize("counter_start", [0, 1])
@@ -175,13 +185,24 @@ def test_a_damaged_chunk_is_never_sent_whole(
 @pytest.mark.parametrize("fault", ["early:413", "early-hold:413", "status:413"])
 @pytest.mark.parametrize("size", [100, 20 << 20])
 def test_too_large_is_heard_while_still_sending(
-    client: Client, node: BadNode, chunk: Write, noise: Callable[[int], bytes], fault: str, size: int
+    client: Client,
+    node: BadNode,
+    chunk: Write,
+    noise: Callable[[int], bytes],
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    size: int,
 ) -> None:
     node.fail("upload", fault)
     content = noise(size)
+    path, begun = chunk(content), time.monotonic()
     with pytest.raises(ObjectTooLarge):
-        upload(client, chunk(content), content)
+        upload(client, path, content)
+    assert time.monotonic() - begun < 2, "it waited for the line to time out"
+    caplog.clear()
     assert upload(client, chunk(b"small"), b"small").link == wire.link_of(b"small")
+    if size > PIECE:
+        assert "trying again" not in caplog.text, "it used a connection that still owed a body"
 
 
 @pytest.mark.parametrize("fault", ["reset", "reset:0", "reset:100000", "hang:100000", "hang", "drip", "endless"])
@@ -191,7 +212,7 @@ def test_an_upload_that_breaks_off_is_tried_again(
     content = noise(1 << 20)
     node.fail("upload", fault)
     if fault == "endless":
-        with pytest.raises(NodeRefused):
+        with pytest.raises(NodeRefused, match="does not stop"):
             upload(client, chunk(content), content)
     elif fault == "drip":
         with pytest.raises(NodeUnreachable):
