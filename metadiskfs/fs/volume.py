@@ -417,10 +417,14 @@ class Volume:
         return number
 
     def listing(self, number: int) -> Listing:
+        """The open directory, about to be read."""
         try:
-            return self._listings[number]
+            listing = self._listings[number]
         except KeyError:
             raise posix_error(errno.EBADF) from None
+        if self._atime:
+            self._accessed(listing.directory)
+        return listing
 
     def close_directory(self, number: int) -> None:
         with self._lock:
