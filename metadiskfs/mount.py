@@ -4,12 +4,8 @@ Up: lock -> index -> recovery -> node -> FUSE, and in its init the threads, the 
 Down, after the kernel let go: seal, stop the queues, transfer process, node, index, lock.
 """
 
-import contextlib
-import errno
-import fcntl
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,25 +15,29 @@ from typing import Any
 
 from metadiskfs.config import Config
 from metadiskfs.control import ControlServer
-from metadiskfs.embedded import EmbeddedNode
-from metadiskfs.errors import MetadiskfsError, MountError, UsageError, VolumeBusy, WrongNode
+from metadiskfs.embedded import EmbeddedNode, register_volume
+from metadiskfs.errors import MetadiskfsError, MountError, UsageError, WrongNode
 from metadiskfs.fs.links import links_of
 from metadiskfs.fs.operations import Operations
 from metadiskfs.fs.recovery import recover
 from metadiskfs.fs.volume import Volume
-from metadiskfs.metadisk.jobs import TransferSettings
+from metadiskfs.metadisk.jobs import TransferSettings, UploadResult
 from metadiskfs.metadisk.transfer import Transfer
+from metadiskfs.mountpoint import raise_read_ahead
+from metadiskfs.store.backup import JOB_IDS, Backups
 from metadiskfs.store.cache import Cache
-from metadiskfs.store.chunks import Chunks
+from metadiskfs.store.chunks import Chunks, purge_dead
 from metadiskfs.store.fetcher import Fetcher
 from metadiskfs.store.index import Index
+from metadiskfs.store.lock import volume_lock
 from metadiskfs.store.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 _SYNC_SECONDS = 60.0
-_READ_AHEAD_KIB = 1024
+_QUIET_SECONDS = 15.0
+_SAVE_SECONDS, _SAVE_AT_END_SECONDS = 300.0, 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,55 +51,6 @@ class MountOptions:
     writeback: bool = False
     atime: bool = True
     fuse: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_fuse_options(texts: list[str]) -> dict[str, Any]:
-    """Read ``-o a,b=c``: own ones and those of libfuse. Raises UsageError for what neither knows."""
-    known = {
-        "allow_other",
-        "allow_root",
-        "default_permissions",
-        "fsname",
-        "subtype",
-        "dev",
-        "suid",
-        "nodev",
-        "nosuid",
-    }
-    known |= {"exec", "noexec", "auto_unmount", "max_read", "context", "ro", "rw", "writeback", "noatime", "relatime"}
-    options: dict[str, Any] = {}
-    for part in ",".join(texts).split(","):
-        name, equals, value = part.partition("=")
-        if name and name not in known:
-            raise UsageError(f"unknown mount option {name!r}")
-        if name:
-            options[name] = value if equals else True
-    return options
-
-
-@contextlib.contextmanager
-def volume_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Own the volume as long as this lasts, waiting up to ``wait`` seconds. Raises VolumeBusy.
-
-    flock, because it stays with the open file: fcntl locks would vanish with any other descriptor that closes.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise VolumeBusy(
-                        f"the volume {folder.name!r} is mounted already, or still being unmounted"
-                    ) from None
-                time.sleep(0.05)
-        yield
-    finally:
-        os.close(fd)
 
 
 class MountedVolume:
@@ -117,6 +68,7 @@ class MountedVolume:
         self.chunks = Chunks(self.index, self.cache)
         self.fetcher = Fetcher(self.chunks, self.cache, deadline=config.read_deadline)
         self.uploader = Uploader(self.chunks, self.cache)
+        self.backups = Backups(self.index, self.chunks, config.volume_dir, recovery_file=config.recovery_file)
         self.volume = Volume(
             self.index,
             self.cache,
@@ -128,6 +80,10 @@ class MountedVolume:
             atime=options.atime,
         )
         recover(self.volume)
+        with self.index.transaction(counted=False):
+            self.index.set_meta("saved", 0)
+        self.schedule = BackupSchedule(self.backups, self.uploader, config.backup_interval)
+        self.volume.on_tick.append(self.schedule.tick)
         self.node: EmbeddedNode | None = None
         self.transfer: Transfer | None = None
         self.control = ControlServer(config.volume_dir, self._handlers())
@@ -139,7 +95,7 @@ class MountedVolume:
         if self.index.meta("session") not in (None, "", boot):
             log.warning("the last session ended with the machine: chunk files prove themselves before use")
             self.cache.doubt_older_than(time.time_ns())
-        with self.index.transaction(durable=True):
+        with self.index.transaction(durable=True, counted=False):
             self.index.set_meta("session", boot)
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -149,6 +105,7 @@ class MountedVolume:
         if self.node_name == EMBEDDED:
             self.node = EmbeddedNode(self.config.embedded_node_dir, on_restart=self.uploader.retry_now)
             self.node.start()
+            register_volume(self.config.embedded_node_dir, self.index.meta("uuid"), self.config.volume)
 
     @property
     def url(self) -> str:
@@ -165,15 +122,18 @@ class MountedVolume:
         )
         self.transfer = Transfer(
             settings,
-            on_upload=self.uploader.on_result,
+            on_upload=self._uploaded,
             on_fetch=self.fetcher.on_result,
             on_restart=self._transfer_restarted,
         )
-        self.fetcher.transfer = self.uploader.transfer = self.transfer
+        self.fetcher.transfer = self.uploader.transfer = self.backups.transfer = self.transfer
         self.transfer.start()
         self.volume.start()
         self.uploader.wake()
         self.control.start()
+
+    def _uploaded(self, result: UploadResult) -> None:
+        (self.backups if result.id >= JOB_IDS else self.uploader).on_result(result)
 
     def _transfer_restarted(self) -> None:
         self.uploader.on_restart()
@@ -188,14 +148,16 @@ class MountedVolume:
         except (MetadiskfsError, OSError) as error:
             clean = False
             log.error("not everything could be sealed, the next mount takes it up: %s", error)
+        self.schedule.save_at_end()
         if self.transfer is not None:
             self.transfer.close()
         if self.node is not None:
             self.node.stop()
         if clean:
             os.sync()  # chunk files too, so that the next start need not doubt them
-            with self.index.transaction(durable=True):
+            with self.index.transaction(durable=True, counted=False):
                 self.index.set_meta("session", "")
+                self.index.set_meta("saved", 0 if self.backups.is_needed else 1)
         self.index.checkpoint()
         self.index.close()
         self.cache.descriptors.close()
@@ -229,6 +191,9 @@ class MountedVolume:
             "clear_cache": self._answer_clear_cache,
             "links": self._answer_links,
             "node": self._answer_node,
+            "backup": self._answer_backup,
+            "heal": self._answer_heal,
+            "purge": self._answer_purge,
         }
 
     def _answer_mount(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -252,6 +217,8 @@ class MountedVolume:
             "cache_bytes": cache.pending_bytes + cache.cached_bytes,
             "cache_limit": cache.limit,
             **self.uploader.state(),
+            "recovery_link": self.backups.latest_link(),
+            **dict(zip(("left_behind_objects", "left_behind_bytes"), self.chunks.left_behind(), strict=True)),
         }
 
     def _answer_sync(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -274,6 +241,57 @@ class MountedVolume:
             raise UsageError("only files have links")
         for link in links_of(self.volume, inode):
             yield {"link": str(link)}
+
+    def _answer_backup(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What is in the backup must be on the node: seal and upload first."""
+        yield from self._answer_sync({})
+        yield {"link": self.backups.save(timeout=_SAVE_SECONDS)}
+
+    def _answer_heal(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        chunk = int(request["chunk"])
+        state = self.chunks.heal(chunk, found=bool(request.get("found")))
+        self.uploader.requeue(chunk)
+        yield {"state": state}
+
+    def _answer_purge(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield {"purged": purge_dead(self.index)}
+
+
+class BackupSchedule:
+    """When the index is saved by itself: after a burst of changes, at least every so often, and at the end."""
+
+    def __init__(self, backups: Backups, uploader: Uploader, interval: float) -> None:
+        """``interval``: seconds between two backups at most, while something changes."""
+        self._backups = backups
+        self._uploader = uploader
+        self._interval = interval
+        self._seen = -1
+        self._quiet_since = 0.0
+        self._retry_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if self._backups.changes != self._seen:
+            self._seen, self._quiet_since = self._backups.changes, now
+        due = now - self._quiet_since > _QUIET_SECONDS or now - self._backups.saved_at > self._interval
+        idle = self._thread is None or not self._thread.is_alive()
+        if due and idle and now >= self._retry_at and self._backups.is_needed and not self._uploader.is_node_away:
+            self._retry_at = now + _QUIET_SECONDS
+            self._thread = threading.Thread(target=self._save, args=(_SAVE_SECONDS,), name="backup", daemon=True)
+            self._thread.start()
+
+    def save_at_end(self) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join()
+        if self._backups.transfer is not None and self._backups.is_needed and not self._uploader.is_node_away:
+            self._save(_SAVE_AT_END_SECONDS)
+
+    def _save(self, timeout: float) -> None:
+        try:
+            self._backups.save(timeout=timeout)
+        except (MetadiskfsError, OSError) as error:
+            log.warning("the index could not be saved to the node, trying again later: %s", error)
 
 
 def settle_node(index: Index, asked: str, *, moved: bool = False) -> str:
@@ -331,42 +349,5 @@ def _serve_fuse(mounted: MountedVolume, options: MountOptions, on_ready: Callabl
 
 def _when_usable(mountpoint: Path, on_ready: Callable[[], None]) -> None:
     """The first stat through the kernel: init's answer reaches it only after init returned."""
-    _raise_read_ahead(os.stat(mountpoint).st_dev)
+    raise_read_ahead(os.stat(mountpoint).st_dev)
     on_ready()
-
-
-def _raise_read_ahead(device: int) -> None:
-    """The kernel caps FUSE's read-ahead at 128 KiB; whoever may (root) raises it: buffered reads twice as fast."""
-    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-    try:
-        Path(path).write_text(str(_READ_AHEAD_KIB))
-    except OSError as error:
-        log.debug("read-ahead stays as it is: %s", error)
-
-
-def prepare_mountpoint(mountpoint: Path) -> None:
-    """Make a missing mountpoint; detach one that a dead mount left behind. Raises MountError."""
-    try:
-        os.stat(mountpoint)
-    except FileNotFoundError:
-        mountpoint.mkdir(parents=True)
-    except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise MountError(f"{mountpoint}: {error.strerror}") from error
-        log.warning("%s belongs to a mount that died: detaching it", mountpoint)
-        detach(mountpoint, lazy=True)
-    if not mountpoint.is_dir():
-        raise MountError(f"{mountpoint} is not a directory")
-    if os.path.ismount(mountpoint):
-        raise MountError(f"something is mounted at {mountpoint} already")
-
-
-def detach(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount by fusermount3, which needs no root. Raises MountError with what it says (busy, not mounted)."""
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except FileNotFoundError:
-        raise MountError("fusermount3 is missing: install the package fuse3") from None
-    if done.returncode:
-        raise MountError(done.stderr.strip() or f"fusermount3 ended with status {done.returncode}")

@@ -54,7 +54,8 @@ def register(commands: Any) -> None:
 
 
 def run_mount(arguments: argparse.Namespace) -> int:
-    from metadiskfs.mount import MountOptions, parse_fuse_options, prepare_mountpoint, serve
+    from metadiskfs.mount import MountOptions, serve
+    from metadiskfs.mountpoint import parse_fuse_options, prepare_mountpoint
 
     config = load_config(arguments)
     fuse = parse_fuse_options(arguments.options)
@@ -133,7 +134,8 @@ def _start_daemon(argv: list[str], config: Config, mountpoint: Path) -> int:
 
 
 def run_unmount(arguments: argparse.Namespace) -> int:
-    from metadiskfs.mount import detach, volume_lock
+    from metadiskfs.mountpoint import detach
+    from metadiskfs.store.lock import volume_lock
 
     mountpoint = real(arguments.mountpoint)
     try:

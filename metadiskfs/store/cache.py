@@ -252,6 +252,32 @@ class Cache:
         if fresh:
             self.count(cached=size)
 
+    def take_back(self, sha256: bytes, size: int) -> bool:
+        """Move a proven cached copy to the sealed chunks: it is to be uploaded again. False where there is none."""
+        if os.path.exists(self.sealed_path(sha256)):
+            return True
+        cached = self.cached_path(sha256)
+        try:
+            with self.descriptors.borrow(cached, os.O_RDONLY) as fd:
+                whole = digest_of(fd).sha256 == sha256
+        except FileNotFoundError:
+            return False
+        self.descriptors.forget(cached)
+        if not whole:
+            self.drop_cached(sha256)
+            return False
+        try:
+            os.rename(cached, self.sealed_path(sha256))
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            part = self.new_work_path(0, 0)
+            shutil.copyfile(cached, part)
+            os.rename(part, self.sealed_path(sha256))
+            os.unlink(cached)
+        self.count(pending=size, cached=-size)
+        return True
+
     def drop_chunk(self, sha256: bytes, size: int) -> None:
         """Free a chunk's files, wherever they lie: no file refers to it any more."""
         sealed = self.sealed_path(sha256)

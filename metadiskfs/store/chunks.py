@@ -95,10 +95,13 @@ class Chunks:
         with self._index.lock, translated():
             rows = self._index.db.execute(
                 "SELECT slot.slot, slot.chunk, chunk.sha256, chunk.size, slot.length"
-                " FROM slot JOIN chunk ON chunk.id = slot.chunk WHERE slot.inode = ?",
+                " FROM slot LEFT JOIN chunk ON chunk.id = slot.chunk WHERE slot.inode = ?",
                 (inode,),
             )
-            return {slot: Slot(chunk, sha256, size, length) for slot, chunk, sha256, size, length in rows}
+            slots = {slot: Slot(chunk, sha256, size, length) for slot, chunk, sha256, size, length in rows}
+        if any(slot.sha256 is None for slot in slots.values()):  # not to be taken for a hole
+            raise ChunkDamaged(f"inode {inode} refers to a chunk the index does not have: run metadiskfs verify")
+        return slots
 
     def commit(self, change: ContentChange, *, durable: bool = False) -> dict[int, Slot]:
         """Make a change of content visible and permanent, all of it or nothing. Returns the slots sealed by it.
@@ -246,13 +249,13 @@ class Chunks:
 
     def chunk(self, number: int) -> ChunkRow | None:
         with self._index.lock, translated():
-            row = self._index.db.execute(f"SELECT {_CHUNK} FROM chunk WHERE id = ?", (number,)).fetchone()
-        return _chunk_row(row) if row else None
+            row = self._index.db.execute(f"SELECT {CHUNK_COLUMNS} FROM chunk WHERE id = ?", (number,)).fetchone()
+        return chunk_row(row) if row else None
 
     def chunk_of_content(self, sha256: bytes) -> ChunkRow | None:
         with self._index.lock, translated():
-            row = self._index.db.execute(f"SELECT {_CHUNK} FROM chunk WHERE sha256 = ?", (sha256,)).fetchone()
-        return _chunk_row(row) if row else None
+            row = self._index.db.execute(f"SELECT {CHUNK_COLUMNS} FROM chunk WHERE sha256 = ?", (sha256,)).fetchone()
+        return chunk_row(row) if row else None
 
     def usual_counter_start(self) -> int:
         """Where this volume's node lets the counter start, as far as receipts told (see wire.py)."""
@@ -340,6 +343,28 @@ class Chunks:
         with self._index.lock, translated():
             return self._index.db.execute("SELECT inode, slot, file, length FROM work").fetchall()
 
+    def heal(self, chunk: int, *, found: bool = False) -> str:
+        """Settle a chunk its node does not have: upload it again from a copy here, else count it as lost.
+
+        ``found``: the node has it after all. Returns the state it is in then: 'pending', 'stored' or 'lost'.
+        """
+        with self._index.transaction() as db:
+            row = self.require(chunk)
+            if found:
+                db.execute("UPDATE chunk SET state = ? WHERE id = ?", (STORED, chunk))
+                return "stored"
+            if self._cache.take_back(row.sha256, row.size):
+                db.execute("UPDATE chunk SET state = ? WHERE id = ?", (PENDING, chunk))
+                return "pending"
+            db.execute("UPDATE chunk SET state = ? WHERE id = ?", (LOST, chunk))
+            return "lost"
+
+    def left_behind(self) -> tuple[int, int]:
+        """(objects, bytes) on the node that no file needs any more."""
+        with self._index.lock, translated():
+            row = self._index.db.execute("SELECT count(*), total(size) FROM chunk WHERE dead IS NOT NULL").fetchone()
+        return row[0], int(row[1])
+
     def require(self, number: int) -> ChunkRow:
         """The chunk's row. Raises ChunkDamaged where a slot refers to a chunk the index does not have."""
         row = self.chunk(number)
@@ -348,10 +373,19 @@ class Chunks:
         return row
 
 
-_CHUNK = "id, sha256, size, state, filehash, key, counter_start, blocks"
+def purge_dead(index: Index) -> int:
+    """Forget dropped chunks that no kept backup holds; returns how many. Their objects are then garbage."""
+    with index.transaction(counted=False) as db:
+        return db.execute(
+            "DELETE FROM chunk WHERE dead IS NOT NULL AND NOT EXISTS"
+            " (SELECT 1 FROM backup WHERE chunk.born <= backup.generation AND backup.generation < chunk.dead)"
+        ).rowcount
 
 
-def _chunk_row(row: tuple[Any, ...]) -> ChunkRow:
+CHUNK_COLUMNS = "id, sha256, size, state, filehash, key, counter_start, blocks"
+
+
+def chunk_row(row: tuple[Any, ...]) -> ChunkRow:
     number, sha256, size, state, filehash, key, counter_start, blocks = row
     return ChunkRow(
         number,

@@ -56,6 +56,8 @@ class Index:
         self.lock = threading.RLock()
         self._joining: dict[int, list[tuple[str, tuple[Any, ...]]]] = {}
         self._durable = True
+        self.changes = 0
+        """Commits of this session that a backup should hold."""
         self._after_commit: list[Callable[[], None]] = []
         self._after_rollback: list[Callable[[], None]] = []
         if not path.exists():
@@ -94,10 +96,10 @@ class Index:
     # -- transactions ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = False, counted: bool = True) -> Iterator[sqlite3.Connection]:
         """Hold the lock and commit at the end, or roll back when the block raises. Nests into an outer one.
 
-        ``durable``: on disk when it returns, with all commits before it.
+        ``durable``: on disk when it returns, with all commits before it. ``counted``: a backup should hold it.
         """
         with self.lock, translated():
             if self.db.in_transaction:
@@ -116,6 +118,7 @@ class Index:
                     )
                 self.db.execute("COMMIT")
                 self._durable = durable
+                self.changes += counted
             except BaseException:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
@@ -217,7 +220,7 @@ class Index:
 
     def set_atimes(self, times: Iterable[tuple[int, int]]) -> None:
         """Write (atime_ns, inode) pairs."""
-        with self.transaction() as db:
+        with self.transaction(counted=False) as db:
             db.executemany("UPDATE inode SET atime_ns = ? WHERE id = ?", times)
 
     def unlinked_inodes(self) -> list[int]:

@@ -19,8 +19,8 @@ PENDING, STORED, LOST = 0, 1, 2
 _TABLES = """
 -- Facts about the volume as a whole. Keys: 'uuid'; 'chunk_size' (bytes, fixed for life); 'node' (what holds the
 -- chunks: a URL, or 'embedded'); 'session' (boot id while mounted, '' after a clean end: tells a power cut from a
--- mere crash); 'generation' (number of the next backup); 'fsyncs' (a counter: SQLite syncs nothing when a commit
--- changes nothing); 'left_objects', 'left_bytes' (stored content dropped here that its node still holds).
+-- mere crash); 'saved' (1: unmounted cleanly and the last backup holds all of it); 'generation' (number of the next
+-- backup); 'fsyncs' (a counter: SQLite syncs nothing when a commit changes nothing).
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
     value ANY
@@ -87,7 +87,8 @@ CREATE TABLE work (
     PRIMARY KEY (inode, slot)
 ) STRICT, WITHOUT ROWID;
 
--- Backups of this index on the node that are kept, newest last, and the objects each consists of.
+-- Backups of this index on the node that are kept, newest last, and the objects each consists of; those of one that
+-- was not completed have no row in backup.
 CREATE TABLE backup (
     generation INTEGER PRIMARY KEY, created_ns INTEGER NOT NULL, link TEXT NOT NULL
 ) STRICT;

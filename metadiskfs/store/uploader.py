@@ -86,6 +86,11 @@ class Uploader:
             heapq.heappush(self._retries, (0.0, chunk))
         self._wake.set()
 
+    @property
+    def is_node_away(self) -> bool:
+        """Whether several uploads in a row failed for the node's sake."""
+        return self._failed_in_a_row >= _DOWN_AFTER
+
     def wait_progress(self, timeout: float) -> bool:
         """Wait until another chunk is stored. False when none was within ``timeout`` seconds."""
         with self._lock:
@@ -118,7 +123,7 @@ class Uploader:
             return {
                 "in_flight": len(self._in_flight),
                 "failing_chunks": len(self._failures),
-                "node_away": self._failed_in_a_row >= _DOWN_AFTER,
+                "node_away": self.is_node_away,
                 "last_error": self.last_error if self._failures or self._failed_in_a_row else "",
                 "next_try_seconds": max(0.0, round(min(due) - now, 1)) if due else None,
             }
