@@ -133,17 +133,21 @@ class Download:
         stored = self._engine.open(filehash)
         with contextlib.ExitStack() as cleanup:
             cleanup.enter_context(stored)
-            key = _read_key(request)
-            start, stop = _set_range(request, response, stored.size)
-            response.content_type = "application/octet-stream"
-            response.set_headers(_download_headers(filehash, stored.facts()))
-            response.content_length = stop - start
+            key, size, facts = _read_key(request), stored.size, stored.facts()
+            wanted = _read_range(request, response, size)
+            start, stop = wanted or (0, size)
             if request.method != "HEAD":
                 with self._charged(request, stop - start):
                     pieces = self._proven.open(stored, filehash, start, stop)
                 cleanup.pop_all()  # from here on the answer's close() closes the object
                 _fill(response, _Opened(pieces, key, start), stop - start)
                 self._traffic.sent(stop - start)
+            # Only now: an error's answer must carry none of it.
+            response.content_length = stop - start
+            response.set_headers(_download_headers(filehash, facts))
+            if wanted:
+                response.status = 206
+                response.set_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
 
     on_head = on_get
 
@@ -204,31 +208,30 @@ def _read_key(request: falcon.Request) -> bytes | None:
     return bytes.fromhex(key)
 
 
-def _set_range(request: falcon.Request, response: falcon.Response, size: int) -> tuple[int, int]:
-    """Read the Range header and set status and headers accordingly: 206 for one range, 200 where it is none.
+def _read_range(request: falcon.Request, response: falcon.Response, size: int) -> tuple[int, int] | None:
+    """Start and stop from the Range header; None, the whole, for several ranges and for what is no range.
 
-    Raises Refusal (416) for a range beyond the object. Several ranges, and what is no range, mean the whole.
+    Raises Refusal (416) for a range beyond the object.
     """
-    response.set_header("Accept-Ranges", "bytes")
     match = _RANGE.fullmatch((request.get_header("Range") or "").replace(" ", ""))
     if not match or not (match[1] or match[2]):
-        return 0, size
+        return None
     if match[1]:
         start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
         if match[2] and int(match[2]) < start:
-            return 0, size
+            return None
     else:
         start, stop = max(size - int(match[2]), 0), size
     if start >= stop:
         response.set_header("Content-Range", f"bytes */{size}")
         raise Refusal(416, "range-not-satisfiable")
-    response.status = 206
-    response.set_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
     return start, stop
 
 
 def _download_headers(filehash: str, facts: Facts) -> dict[str, str]:
     return {
+        "Accept-Ranges": "bytes",
+        "Content-Type": "application/octet-stream",
         "Content-Disposition": f"attachment; filename={_shown_name(filehash, facts)}",
         "X-Content-Type-Options": "nosniff",  # strangers' bytes under the page's origin: never more than a download
     }

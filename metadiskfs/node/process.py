@@ -25,7 +25,7 @@ from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server.mp import MPServer
 
-from metadiskfs.errors import UsageError
+from metadiskfs.errors import MetadiskfsError, UsageError
 from metadiskfs.node.accounts import Accounts
 from metadiskfs.node.engines import is_folder, open_engine
 from metadiskfs.node.gate import Gate
@@ -58,8 +58,7 @@ def serve(settings: NodeSettings, *, on_ready: OnReady, owner_fd: int = -1) -> N
     """
     multiprocessing.set_start_method("fork", force=True)
     settings, reserved = _reserve(settings)
-    if is_folder(settings.store):
-        _try_folders(settings)
+    _try_store(settings)
     loader = functools.partial(_load_worker, settings, os.getpid(), on_ready, owner_fd)
     try:
         _granian(settings).serve(target_loader=loader, wrap_loader=False)
@@ -67,12 +66,33 @@ def serve(settings: NodeSettings, *, on_ready: OnReady, owner_fd: int = -1) -> N
         reserved.close()
 
 
-def _try_folders(settings: NodeSettings) -> None:
-    """Say what is wrong before any process is started. Folders only: an S3 client's threads bear no fork."""
+def _try_store(settings: NodeSettings) -> None:
+    """Open the store once, so that what is wrong with it is said before any worker is started. Raises UsageError.
+
+    For S3 in a process of its own: its client has threads, and this process is going to be forked.
+    """
+    if is_folder(settings.store):
+        trouble = _trouble(settings)
+    else:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.Process(target=lambda: sender.send(_trouble(settings)))
+        child.start()
+        sender.close()
+        try:
+            trouble = receiver.recv()
+        except EOFError:
+            trouble = "opening it ended the process"
+        child.join()
+    if trouble:
+        raise UsageError(f"cannot use the store {settings.store}: {trouble}")
+
+
+def _trouble(settings: NodeSettings) -> str:
     try:
         open_parts(settings).close()
-    except OSError as error:
-        raise UsageError(f"cannot use the store {settings.store}: {error}") from error
+    except (OSError, MetadiskfsError) as error:
+        return str(error)
+    return ""
 
 
 def url_of(settings: NodeSettings) -> str:
@@ -99,6 +119,7 @@ def _granian(settings: NodeSettings) -> MPServer:
         ssl_protocol_min=SSLProtocols.tls12,
         workers_kill_timeout=settings.stop_timeout,
         respawn_failed_workers=settings.workers > 1,
+        respawn_interval=1.0,  # what a new worker gets to begin before the old one is stopped; it needs a tenth
         websockets=False,
     )
 
