@@ -266,6 +266,11 @@ class Content:
             self.inode.size = size
             self._modified()
 
+    def touch(self) -> None:
+        """Note a change that left every byte as it was."""
+        with self.lock:
+            self._modified()
+
     def _cut(self, size: int) -> None:
         last, rest = divmod(size, self._chunk_size)
         first_gone = last + 1 if rest else last

@@ -276,9 +276,11 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         info.keep_cache = 1
 
     def readlink(self, path: bytes, buf: Any, size: int) -> None:
-        target = self._inode(path).target
-        if target is None:
-            raise posix_error(errno.EINVAL)
+        inode = self._inode(path)
+        atime_ns = inode.atime_ns
+        target = self._volume.read_link(inode)
+        if inode.atime_ns != atime_ns:
+            self._changed(inode, path)
         ctypes.memmove(buf, target[: size - 1] + b"\0", min(len(target), size - 1) + 1)
 
     def link(self, source: bytes, target: bytes) -> None:
@@ -380,12 +382,24 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def open(self, path: bytes, fip: Any) -> None:
         info = fip.contents
-        info.fh = self._volume.open(self._inode(path), info.flags, path)
+        inode = self._inode(path)
+        info.fh = self._volume.open(inode, info.flags, path)
+        if info.flags & os.O_TRUNC:
+            if self._caller()[0]:
+                self._volume.drop_privileges(inode)
+            self._changed(inode, path)
         info.keep_cache = 1  # whatever changes content goes through this kernel, or invalidates it (_changed)
 
     def read(self, path: bytes | None, buf: Any, size: int, offset: int, fip: Any) -> int:
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buf.contents))).cast("B")
-        return self._volume.read_into(fip.contents.fh, view, offset)
+        if not self._other_names:
+            return self._volume.read_into(fip.contents.fh, view, offset)
+        inode = self._volume.handle(fip.contents.fh).inode
+        atime_ns = inode.atime_ns
+        count = self._volume.read_into(fip.contents.fh, view, offset)
+        if inode.atime_ns != atime_ns:
+            self._changed_by(fip.contents.fh)
+        return count
 
     def write(self, path: bytes | None, buf: Any, size: int, offset: int, fip: Any) -> int:
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buf.contents))).cast("B")

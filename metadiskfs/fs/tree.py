@@ -266,7 +266,8 @@ class Tree:
             if flags & RENAME_EXCHANGE:
                 if other is None:
                     raise posix_error(errno.ENOENT)
-                self._exchange((parent, name, inode), (new_parent, new_name, other), now)
+                if other is not inode:
+                    self._exchange((parent, name, inode), (new_parent, new_name, other), now)
                 return
             if other is not None and flags & RENAME_NOREPLACE:
                 raise posix_error(errno.EEXIST)

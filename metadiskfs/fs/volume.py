@@ -37,6 +37,15 @@ _AHEAD_MAX = 4
 _LISTED_AT_ONCE = 1000
 
 
+_CAPABILITY = b"security.capability"
+
+
+def _without_privileges(mode: int) -> int:
+    """A file's mode without suid, and without sgid where that means a group and not mandatory locking."""
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
+
+
 class Handle:
     """One open file. ``next_offset`` and ``run`` tell a sequential reader (bytes) from a random one."""
 
@@ -357,6 +366,8 @@ class Volume:
             content.punch(offset, length)
         if not mode & keep_size and offset + length > content.inode.size:
             content.truncate(offset + length)
+        else:
+            content.touch()
 
     def copy_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> int:
         """Share whole chunks of one file with another; returns the bytes done.
@@ -432,17 +443,31 @@ class Volume:
 
     # -- attributes -----------------------------------------------------------------------------------------------
 
+    def read_link(self, inode: Inode) -> bytes:
+        """A symlink's target. Raises EINVAL for anything else."""
+        if inode.target is None:
+            raise posix_error(errno.EINVAL)
+        if self._atime:
+            self._accessed(inode)
+        return inode.target
+
+    def drop_privileges(self, inode: Inode) -> None:
+        """Clear suid, sgid and capabilities of a file that somebody not privileged opened with O_TRUNC.
+
+        For every other change of content the kernel asks for this itself.
+        """
+        mode = _without_privileges(inode.mode)
+        if mode != inode.mode:
+            self.tree.set_attributes(inode, mode=mode)
+        if self.index.xattr(inode.number, _CAPABILITY) is not None:
+            self.tree.remove_xattr(inode, _CAPABILITY)
+
     def change_mode(self, inode: Inode, mode: int) -> None:
         self.tree.set_attributes(inode, mode=mode)
 
     def change_owner(self, inode: Inode, uid: int | None, gid: int | None) -> None:
         """chown(2): clears suid and sgid of a file that can be executed."""
-        mode = None
-        if stat.S_ISREG(inode.mode):
-            kept = inode.mode & ~stat.S_ISUID
-            if inode.mode & stat.S_IXGRP:
-                kept &= ~stat.S_ISGID
-            mode = kept if kept != inode.mode else None
+        mode = _without_privileges(inode.mode) if stat.S_ISREG(inode.mode) else None
         self.tree.set_attributes(inode, mode=mode, uid=uid, gid=gid)
 
     def state_of(self, inode: Inode) -> str:

@@ -86,22 +86,32 @@ def copied(source: str, target: str) -> int:
 
 
 def snapshot() -> dict[str, tuple[Any, ...]]:
-    """What stat says of everything below the current folder, and of that itself; inode numbers by first sight."""
+    """What stat says of the current folder and everything below; inode numbers stand first, times last but one.
+
+    stat comes before the look inside, which changes the access time of folders and symlinks.
+    """
     found: dict[str, tuple[Any, ...]] = {}
-    numbers: dict[int, str] = {}
     paths = ["."]
-    for folder, folders, files in os.walk("."):
-        paths += sorted(os.path.join(folder, name) for name in (*folders, *files))
-    for path in sorted(paths):
+    for path in paths:
         status = os.lstat(path)
-        same_as = numbers.setdefault(status.st_ino, path)
         size = status.st_size if not stat.S_ISDIR(status.st_mode) else -1
-        found[path] = (
-            oct(status.st_mode), status.st_uid, status.st_gid, status.st_nlink, size, status.st_rdev, same_as,
-            status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns,
-            os.readlink(path) if stat.S_ISLNK(status.st_mode) else "",
-        )  # fmt: skip
+        times = (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)
+        target = os.readlink(path) if stat.S_ISLNK(status.st_mode) else ""
+        attributes = (oct(status.st_mode), status.st_uid, status.st_gid, status.st_nlink, size, status.st_rdev)
+        found[path] = (status.st_ino, *attributes, target, *times)
+        if stat.S_ISDIR(status.st_mode):
+            paths += [f"{path}/{name}" for name in sorted(os.listdir(path))]
     return found
+
+
+def look_around() -> None:
+    """Read every folder and symlink here, so that a later look changes no access time any more."""
+    paths = ["."]
+    for path in paths:
+        if os.path.islink(path):
+            os.readlink(path)
+        elif os.path.isdir(path):
+            paths += [f"{path}/{name}" for name in os.listdir(path)]
 
 
 def _become(uid: int, gid: int, groups: list[int]) -> None:
