@@ -20,17 +20,20 @@ _COUNT_PATIENCE = 2.0
 class StoreSize:
     """Bytes and number of objects in the store, counted in the background and not more often than needed.
 
-    A million objects take seconds to list on a disk and a thousand requests at an S3 server, so `status` shows a
-    figure that may be ten minutes old; ``wait`` lets the first caller have a small store's at once.
+    A million objects take seconds to list on a disk and a thousand requests at an S3 server, so the count may be ten
+    minutes old; what the node's own processes have stored since is added to it. The first caller waits a moment for
+    the count, so that a small store's is there at once.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, traffic: Traffic) -> None:
         self._engine = engine
+        self._traffic = traffic
         self._lock = threading.Lock()
         self._counting = False
         self._known = threading.Event()
         self._counted_at = 0.0
-        self._value = (0, 0)
+        self._counted = (0, 0)
+        self._stored_before = (0, 0)
 
     def get(self) -> tuple[int, int]:
         """Bytes, objects."""
@@ -42,14 +45,23 @@ class StoreSize:
                 self._counting = True
                 threading.Thread(target=self._count, name="store-size", daemon=True).start()
         self._known.wait(_COUNT_PATIENCE)
-        return self._value
+        now = self._stored()
+        return (
+            self._counted[0] + now[0] - self._stored_before[0],
+            self._counted[1] + now[1] - self._stored_before[1],
+        )
+
+    def _stored(self) -> tuple[int, int]:
+        totals = self._traffic.totals()
+        return totals.get("stored-bytes", 0), totals.get("stored", 0)
 
     def _count(self) -> None:
         size = objects = 0
         try:
+            before = self._stored()
             for entry in self._engine.list():
                 size, objects = size + entry.size, objects + 1
-            self._value, self._counted_at = (size, objects), time.monotonic()
+            self._counted, self._stored_before, self._counted_at = (size, objects), before, time.monotonic()
             self._known.set()
         except Exception:
             log.exception("counting the store failed")

@@ -77,7 +77,7 @@ class Upload:
             if cost:
                 self._accounts.deposit(form.token, cost)
             raise
-        self._traffic.event("stored" if new else "existed")
+        self._traffic.put(sealed.size if new else None)
         self._traffic.received(sealed.size)
         return sealed.link
 

@@ -49,7 +49,7 @@ def build(settings: NodeSettings, parts: Parts) -> Gate:
 
 def _add_routes(app: falcon.App[falcon.Request, falcon.Response], settings: NodeSettings, parts: Parts) -> None:
     engine, accounts, traffic = parts.engine, parts.accounts, parts.traffic
-    size = StoreSize(engine)
+    size = StoreSize(engine, traffic)
     token = "/accounts/token/"
     routes: dict[str, object] = {
         wire.UPLOAD_ROUTE: Upload(settings, engine, accounts, traffic),

@@ -2,7 +2,8 @@
 
 Each process counts in memory and adds its increments to the accounts file every few seconds and when it ends; a
 kill -9 loses those seconds. Names in the file: ``in``, ``out`` (bytes of content), ``in:2026-11`` for a month,
-``request:upload:201`` by route and status, ``stored``, ``existed``, ``damaged`` for objects.
+``request:upload:201`` by route and status, ``stored``, ``existed``, ``damaged`` for objects, ``stored-bytes``
+for those that were new.
 """
 
 import logging
@@ -41,6 +42,15 @@ class Traffic:
 
     def sent(self, size: int) -> None:
         self._count_bytes("out", size)
+
+    def put(self, new_size: int | None) -> None:
+        """An object was put: ``new_size`` bytes, or None for one that existed."""
+        if new_size is None:
+            self.event("existed")
+            return
+        with self._lock:
+            self._fresh["stored"] += 1
+            self._fresh["stored-bytes"] += new_size
 
     def answered(self, route: str, status: int) -> None:
         self.event(f"request:{route}:{status}")

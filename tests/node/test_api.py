@@ -163,6 +163,8 @@ def test_status_counts_what_went_through(node: RunningNode) -> None:
     for period in ("total", "current"):
         for direction in ("incoming", "outgoing"):
             assert after["bandwidth"][period][direction] == before[period][direction] + 12_345
+    stored = sum(file.stat().st_size for file in node.store.glob("objects/*/*"))
+    assert after["storage"]["used"] == stored
     assert after["storage"]["max_file_size"] == 64 << 20
     assert after["storage"]["capacity"] > after["storage"]["used"] >= 0
     assert after["florincoin"] == {"balance": 0, "address": ""}
