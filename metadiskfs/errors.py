@@ -20,7 +20,8 @@ The class is the only place where either is decided::
     │   ├── IndexTooNew                        written by a later program
     │   └── IndexDamaged
     ├── MountError                 EIO     7   the mountpoint or FUSE itself
-    └── StillPending               EAGAIN  8   time ran out with uploads pending
+    ├── StillPending               EAGAIN  8   time ran out with uploads pending
+    └── DamageFound                EIO     9   verify found what it could not, or was not to, repair
 
 POSIX answers of the file system (ENOENT, EEXIST, ...) are plain ``OSError``: the errno is the message.
 """
@@ -119,3 +120,7 @@ class MountError(MetadiskfsError):
 class StillPending(MetadiskfsError):
     errno = _errno.EAGAIN
     exit_code = 8
+
+
+class DamageFound(MetadiskfsError):
+    exit_code = 9

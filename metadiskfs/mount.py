@@ -218,7 +218,6 @@ class MountedVolume:
             "cache_limit": cache.limit,
             **self.uploader.state(),
             "recovery_link": self.backups.latest_link(),
-            **dict(zip(("left_behind_objects", "left_behind_bytes"), self.chunks.left_behind(), strict=True)),
         }
 
     def _answer_sync(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:

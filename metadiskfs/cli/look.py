@@ -43,6 +43,13 @@ def _print_status(status: dict[str, Any]) -> None:
         ("stored", f"{status['stored_chunks']} chunks, {show_size(status['stored_bytes'])}"),
         ("cache", f"{show_size(status['cache_bytes'])} of {show_size(status['cache_limit'])}"),
     ]
+    if status["left_behind_chunks"]:
+        left = (
+            f"{status['left_behind_chunks']} chunks, {show_size(status['left_behind_bytes'])} no file needs any more"
+        )
+        lines.append(("left", left))
+    if status["recovery_link"]:
+        lines.append(("recovery", status["recovery_link"]))
     if status["lost_chunks"]:
         lines.append(("LOST", f"{status['lost_chunks']} chunks, {show_size(status['lost_bytes'])}"))
     if status["last_error"]:

@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -46,7 +48,7 @@ def register(commands: Any) -> None:
 
 def run_upload(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
-    with _client(config) as client:
+    with open_client(config) as client:
         for path in arguments.files:
             try:
                 with path.open("rb") as file:
@@ -69,24 +71,34 @@ def _upload_file(client: "Client", config: Config, fd: int, label: str) -> Itera
         parts = [(offset, min(step, size - offset)) for offset in range(0, size, step)]
     with Progress(label) as progress:
         for offset, length in parts:
-            receipt = upload_part(
-                client,
-                fd,
-                offset=offset,
-                size=length,
-                progress=lambda sent, offset=offset: progress.show(offset + sent, size, show_size(size)),
-            )
-            _note_published(config, receipt.link.filehash)
+            show = functools.partial(_show_part, progress, offset, size)
+            with _published(config):
+                receipt = upload_part(client, fd, offset=offset, size=length, progress=show)
+                _note(config, receipt.link.filehash)
             yield str(receipt.link)
 
 
-def _note_published(config: Config, filehash: str) -> None:
-    """Let the sweep of the embedded node (gc) know that a link to this object was handed out."""
-    if config.node or not config.embedded_node_dir.exists():
-        return
-    fd = os.open(config.embedded_node_dir / "published", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(fd, "w") as file:
-        file.write(f"{filehash}\n")
+def _show_part(progress: Progress, offset: int, size: int, sent: int) -> None:
+    progress.show(offset + sent, size, show_size(size))
+
+
+@contextlib.contextmanager
+def _published(config: Config) -> Iterator[None]:
+    """What goes to the embedded node must not be swept as garbage: its link is handed out."""
+    from metadiskfs.sweep import publishing
+
+    if config.node:
+        yield
+    else:
+        with publishing(config.embedded_node_dir):
+            yield
+
+
+def _note(config: Config, filehash: str) -> None:
+    from metadiskfs.sweep import note_published
+
+    if not config.node:
+        note_published(config.embedded_node_dir, filehash)
 
 
 def run_download(arguments: argparse.Namespace) -> int:
@@ -96,15 +108,17 @@ def run_download(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     links = [Link.parse(text) for text in arguments.links]
     server, marker, _ = arguments.links[0].strip().partition("/api/download/")
-    with _client(config, url=server if marker else "") as client, _output(arguments.output) as out:
+    with open_client(config, url=server if marker else "") as client, _output(arguments.output) as out:
         for link in links:
             with tempfile.TemporaryFile(dir=_folder_of(arguments.output)) as proven, Progress("fetching") as progress:
-                download(
-                    client, link, proven, progress=lambda size: progress.show(0, 1, show_size(size))  # type: ignore[arg-type]
-                )  # fmt: skip
+                download(client, link, proven, progress=functools.partial(_show_received, progress))
                 proven.seek(0)
                 shutil.copyfileobj(proven, out, 1 << 20)
     return 0
+
+
+def _show_received(progress: Progress, size: int) -> None:
+    progress.show(0, 1, show_size(size))
 
 
 def _folder_of(output: Path | None) -> Path | None:
@@ -146,27 +160,23 @@ def _whole_link(arguments: argparse.Namespace, node: dict[str, Any]) -> str:
     from metadiskfs.metadisk.client import Client
     from metadiskfs.metadisk.files import upload_part
 
-    config = load_config(arguments)
-    with arguments.path.open("rb") as file, Progress(arguments.path.name) as progress:
+    config = replace(load_config(arguments), node="" if node["token"] else node["url"])
+    client = Client(node["url"], token=node["token"])
+    with arguments.path.open("rb") as file, Progress(arguments.path.name) as progress, _published(config):
         size = os.fstat(file.fileno()).st_size
-        client = Client(node["url"], token=node["token"])
+        show = functools.partial(_show_part, progress, 0, size)
         try:
-            receipt = upload_part(
-                client, file.fileno(), size=size, progress=lambda sent: progress.show(sent, size, show_size(size))
-            )
+            receipt = upload_part(client, file.fileno(), size=size, progress=show)
         except ObjectTooLarge as error:
-            raise ObjectTooLarge(
-                "the file is larger than the node takes as one object; link without --whole"
-            ) from error
+            raise ObjectTooLarge("larger than what the node takes as one object: link it without --whole") from error
         finally:
             client.close()
-    if node["token"]:
-        _note_published(config, receipt.link.filehash)
+        _note(config, receipt.link.filehash)
     return str(receipt.link)
 
 
 @contextlib.contextmanager
-def _client(config: Config, *, url: str = "") -> Iterator["Client"]:
+def open_client(config: Config, *, url: str = "") -> Iterator["Client"]:
     """The node meant: --node, else the one a URL names, else the embedded one, started if no mount runs it."""
     from metadiskfs.embedded import EmbeddedNode
     from metadiskfs.metadisk.client import Client

@@ -30,8 +30,10 @@ from metadiskfs.errors import IndexDamaged, MetadiskfsError, NodeUnreachable
 from metadiskfs.metadisk.jobs import UploadJob, UploadResult
 from metadiskfs.metadisk.wire import Link, link_of
 from metadiskfs.store.chunks import Chunks
+from metadiskfs.store.fsck import check_index
 from metadiskfs.store.index import Index, translated
 from metadiskfs.store.ports import Transfer
+from metadiskfs.store.schema import LOST, PENDING, check_is_ours, check_known
 
 log = logging.getLogger(__name__)
 
@@ -344,3 +346,28 @@ def fetch_index(manifest: Manifest, fetch: Callable[[Link], bytes], target: Path
         os.fsync(file.fileno())
     if whole.hexdigest() != manifest.sha256:
         raise IndexDamaged("the backup's parts do not make its whole")
+
+
+def adopt_index(path: Path, node: str) -> int:
+    """Make a restored index this machine's: check that it is one, drop what only the old machine had.
+
+    It is untrusted: its tables must be exactly ours, and it must pass every check of fsck.py. Chunks that were still
+    pending when it was saved are lost with the old machine; returns how many. Raises IndexDamaged, IndexTooNew.
+    """
+    with translated(), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA trusted_schema = OFF")
+        if not check_known(db):
+            raise IndexDamaged("it has no tables")
+        check_is_ours(db)
+        db.execute("DELETE FROM work")
+        db.execute("UPDATE inode SET held = (SELECT coalesce(sum(length), 0) FROM slot WHERE inode = inode.id)"
+                   " WHERE mode & 0xF000 = 0x8000")  # fmt: skip
+        lost = db.execute("UPDATE chunk SET state = ? WHERE state = ?", (LOST, PENDING)).rowcount
+        for key, value in (("node", node), ("session", ""), ("saved", 0)):
+            db.execute(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", (key, value)
+            )
+        found = next(check_index(db), None)
+        if found is not None:
+            raise IndexDamaged(f"{found.message} {found.path}".strip())
+    return lost

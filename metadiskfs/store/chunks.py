@@ -4,11 +4,14 @@ Rows and files stay in step because whatever changes both does so under ``Index.
 just before the row that vouches for it is committed, and is removed just after its row is gone.
 """
 
+import contextlib
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from metadiskfs.crash import crash_point
 from metadiskfs.errors import ChunkDamaged
 from metadiskfs.store.cache import Cache, Digest
 from metadiskfs.store.index import Index, translated
@@ -88,6 +91,10 @@ class Chunks:
         self._index = index
         self._cache = cache
         self.generation: int = index.meta("generation")
+        with index.lock, translated():
+            last = index.db.execute("SELECT coalesce(max(id), 0) FROM chunk").fetchone()[0]
+        self._numbers = itertools.count(last + 1)
+        """Never the same twice in a session, as SQLite's own would be after a delete: the queue goes by them."""
 
     # -- content of files -----------------------------------------------------------------------------------------
 
@@ -125,6 +132,8 @@ class Chunks:
                 (change.size, change.held, change.mtime_ns, change.ctime_ns, change.inode),
             )
             self._drop_unreferenced(released)
+            crash_point("content-before-commit")
+        crash_point("content-after-commit")
         return sealed
 
     def _release_rows(self, change: ContentChange) -> list[int]:
@@ -150,11 +159,11 @@ class Chunks:
         row = db.execute("SELECT id, state FROM chunk WHERE sha256 = ?", (digest.sha256,)).fetchone()
         if row is None:
             self._seal_file(work)
-            chunk = db.execute(
-                "INSERT INTO chunk (sha256, size, state, created_ns, born) VALUES (?, ?, ?, ?, ?)",
-                (digest.sha256, digest.size, PENDING, time.time_ns(), self.generation),
-            ).lastrowid
-            assert chunk is not None
+            chunk = next(self._numbers)
+            db.execute(
+                "INSERT INTO chunk (id, sha256, size, state, created_ns, born) VALUES (?, ?, ?, ?, ?, ?)",
+                (chunk, digest.sha256, digest.size, PENDING, time.time_ns(), self.generation),
+            )
         else:
             chunk, state = row
             if state == LOST:  # the next write of the same content heals it
@@ -313,20 +322,22 @@ class Chunks:
                 ).fetchone()
                 if row is not None:
                     moved.append(row)
+        crash_point("stored-before-move")
         for sha256, size in moved:
             self._cache.stored(sha256, size)
 
-    def totals(self, db: Any = None) -> dict[str, int]:
-        """Chunks and bytes by state: pending_chunks, pending_bytes, stored_..., lost_... ."""
-        with self._index.lock, translated():
-            rows = (
-                (db or self._index.db)
-                .execute("SELECT state, count(*), total(size) FROM chunk GROUP BY state")
-                .fetchall()
-            )
+    def totals(self) -> dict[str, int]:
+        """Chunks and bytes by state: pending_chunks, pending_bytes, stored_..., lost_..., left_behind_... .
+
+        Reads the whole table, on a connection of its own: nobody waits for it.
+        """
+        with translated(), contextlib.closing(self._index.connect()) as db:
+            rows = db.execute(
+                "SELECT iif(dead IS NULL, state, -1), count(*), total(size) FROM chunk GROUP BY 1"
+            ).fetchall()
         found = {state: (count, int(size)) for state, count, size in rows}
         totals = {}
-        for state, word in ((PENDING, "pending"), (STORED, "stored"), (LOST, "lost")):
+        for state, word in ((PENDING, "pending"), (STORED, "stored"), (LOST, "lost"), (-1, "left_behind")):
             totals[f"{word}_chunks"], totals[f"{word}_bytes"] = found.get(state, (0, 0))
         return totals
 
@@ -358,12 +369,6 @@ class Chunks:
                 return "pending"
             db.execute("UPDATE chunk SET state = ? WHERE id = ?", (LOST, chunk))
             return "lost"
-
-    def left_behind(self) -> tuple[int, int]:
-        """(objects, bytes) on the node that no file needs any more."""
-        with self._index.lock, translated():
-            row = self._index.db.execute("SELECT count(*), total(size) FROM chunk WHERE dead IS NOT NULL").fetchone()
-        return row[0], int(row[1])
 
     def require(self, number: int) -> ChunkRow:
         """The chunk's row. Raises ChunkDamaged where a slot refers to a chunk the index does not have."""

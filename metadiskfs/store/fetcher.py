@@ -11,6 +11,7 @@ import threading
 import time
 
 from metadiskfs import errors
+from metadiskfs.crash import crash_point
 from metadiskfs.errors import ContentMismatch, MetadiskfsError, NodeError, NodeUnreachable, ObjectMissing
 from metadiskfs.metadisk.jobs import FetchJob, FetchResult
 from metadiskfs.metadisk.wire import BLOCK_SIZE
@@ -128,6 +129,7 @@ class Fetcher:
             else:
                 download.proven.update(range(result.start, result.stop))
         if result.done and not result.error:
+            crash_point("fetched-before-rename")
             self._cache.keep_fetched(download.job.path, download.chunk.sha256, download.chunk.size)
             if download.chunk.state == LOST:
                 self._chunks.mark_found(download.chunk.id)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from metadiskfs.crash import crash_point
 from metadiskfs.errors import CacheFull, IndexDamaged, MetadiskfsError, VolumeError
 from metadiskfs.store import schema
 
@@ -127,6 +128,7 @@ class Index:
             finally:
                 if durable:
                     self.db.execute("PRAGMA synchronous = NORMAL")
+            crash_point("files-before-following")
             self._settle(self._after_commit)
 
     def make_durable(self) -> None:
