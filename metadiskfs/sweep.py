@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from metadiskfs import control
 from metadiskfs.config import Config
 from metadiskfs.errors import MountError, VolumeError
 from metadiskfs.node.disk import DiskEngine
-from metadiskfs.store import index as index_module
-from metadiskfs.store.chunks import purge_dead
-from metadiskfs.store.index import Index, translated
+from metadiskfs.store.chunks import objects_needed, purge_dead
+from metadiskfs.store.index import Index
 from metadiskfs.store.lock import volume_lock
 
 log = logging.getLogger(__name__)
@@ -52,7 +50,7 @@ def sweep(config: Config, *, forget: str = "") -> Swept:
         found: set[str] = set()
         for folder in sorted((config.data_dir / "volumes").glob("*/index.db")):
             _purge(folder.parent)
-            uuid, oldest_pending = _read_needs(folder, needed)
+            uuid, oldest_pending = objects_needed(folder, needed)
             found.add(uuid)
             until = min(until, oldest_pending)
         _check_known(store, found, forget)
@@ -93,21 +91,6 @@ def _purge(folder: Path) -> None:
                 purge_dead(index)
             finally:
                 index.close()
-
-
-def _read_needs(path: Path, needed: set[bytes]) -> tuple[str, int]:
-    """Add every filehash a volume needs; return its uuid and when its oldest pending chunk was sealed (ns)."""
-    with contextlib.closing(index_module.read_only(path)) as db, translated():
-        db.execute("BEGIN")
-        needed.update(row[0] for row in db.execute("SELECT filehash FROM chunk WHERE filehash IS NOT NULL"))
-        needed.update(row[0] for row in db.execute("SELECT filehash FROM backup_object"))
-        oldest = db.execute("SELECT min(created_ns) FROM chunk WHERE state = 0").fetchone()[0]
-        uuid = _uuid(db)
-    return uuid, time.time_ns() if oldest is None else int(oldest)
-
-
-def _uuid(db: sqlite3.Connection) -> str:
-    return str(db.execute("SELECT value FROM meta WHERE key = 'uuid'").fetchone()[0])
 
 
 def _check_known(store: Path, found: set[str], forget: str) -> None:

@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from metadiskfs.errors import MetadiskfsError, MountError, StillPending
 
 _READY_SECONDS = 120.0
 _END_SECONDS = 120.0
+_EXIT_SECONDS = 5.0
 _LOG_SIZE_MAX = 10 << 20
 
 
@@ -149,9 +151,13 @@ def run_unmount(arguments: argparse.Namespace) -> int:
         answers = control.ask(folder, "sync")
         if not wait_for_uploads(answers, "uploading", timeout=arguments.timeout):
             raise StillPending(f"uploads are still pending after {arguments.timeout:g} s; {mountpoint} stays mounted")
+    pid = control.ask_once(folder, "mount")["pid"]
     detach(mountpoint)
     with volume_lock(folder, wait=_END_SECONDS):
-        return 0
+        until = time.monotonic() + _EXIT_SECONDS
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
+            time.sleep(0.01)
+    return 0
 
 
 def _is_dead(mountpoint: Path) -> bool:

@@ -9,12 +9,13 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from metadiskfs.crash import crash_point
 from metadiskfs.errors import ChunkDamaged
 from metadiskfs.store.cache import Cache, Digest
-from metadiskfs.store.index import Index, translated
+from metadiskfs.store.index import Index, read_only, translated
 from metadiskfs.store.schema import LOST, PENDING, STORED
 
 _FEW = 500
@@ -376,6 +377,20 @@ class Chunks:
         if row is None:
             raise ChunkDamaged(f"chunk {number} is not in the index")
         return row
+
+
+def objects_needed(path: Path, needed: set[bytes]) -> tuple[str, int]:
+    """Add the filehash of every object an index needs, its kept backups included, to ``needed``.
+
+    Returns the volume's uuid and when its oldest pending chunk was sealed (ns; now where there is none).
+    """
+    with contextlib.closing(read_only(path)) as db, translated():
+        db.execute("BEGIN")
+        needed.update(row[0] for row in db.execute("SELECT filehash FROM chunk WHERE filehash IS NOT NULL"))
+        needed.update(row[0] for row in db.execute("SELECT filehash FROM backup_object"))
+        oldest = db.execute("SELECT min(created_ns) FROM chunk WHERE state = 0").fetchone()[0]
+        uuid = db.execute("SELECT value FROM meta WHERE key = 'uuid'").fetchone()[0]
+    return str(uuid), time.time_ns() if oldest is None else int(oldest)
 
 
 def purge_dead(index: Index) -> int:
