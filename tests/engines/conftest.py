@@ -3,7 +3,8 @@ from collections.abc import Iterator
 
 import pytest
 import requests
-from s3_server import BUCKET, MotoServer
+
+from tests.engines.s3_server import BUCKET, MotoServer
 
 S3_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import BUCKET
 
 from metadiskfs.errors import ContentMismatch, ObjectMissing
 from metadiskfs.node.disk import DiskEngine
 from metadiskfs.node.engine import PIECE, Engine, Facts, MemoryEngine, prove
 from metadiskfs.node.s3 import S3Engine
 from metadiskfs.node.spool import SpoolFolder
+from tests.engines.s3_server import BUCKET
 
 FACTS = Facts("name.txt", 1_700_000_000)
 SIZES = [0, 1, 4096, PIECE, PIECE + 1, (8 << 20) + 17]

@@ -1,10 +1,9 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from node_process import RunningNode
 
-StartNode = Callable[..., RunningNode]
+from tests.node.node_process import RunningNode, StartNode
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TOKEN = "TestTokenOfThisUser01"
@@ -89,6 +89,10 @@ class RunningNode:
                 return match[1]
             time.sleep(0.01)
         raise AssertionError(f"the node did not start: {self.log_text()}")
+
+
+StartNode = Callable[..., RunningNode]
+"""The fixture start_node: starts nodes that end with the test."""
 
 
 def children(pid: int) -> list[int]:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import StartNode
-from node_process import RunningNode, run_cli
 
 from metadiskfs.errors import BalanceInsufficient, UsageError
 from metadiskfs.node.accounts import MAX_BYTES, Accounts, new_token
+from tests.node.node_process import RunningNode, StartNode, run_cli
 
 SECRET = "the-secret-of-the-house"
 

@@ -9,9 +9,9 @@ import threading
 
 import pytest
 import requests
-from node_process import RunningNode, multipart
 
 from metadiskfs.metadisk import wire
+from tests.node.node_process import RunningNode, multipart
 
 TEST_DATA = wire.Link(
     "0c12e76f671e6056b3be9af526acf1f6ca3d42d9066c811c9bceae560f3791cc",

@@ -10,14 +10,13 @@ from pathlib import Path
 import falcon.testing
 import pytest
 import requests
-from conftest import StartNode
-from node_process import RunningNode, multipart, run_cli
 
 from metadiskfs.errors import NodeUnreachable
 from metadiskfs.metadisk import wire
 from metadiskfs.node.process import open_parts
 from metadiskfs.node.server import Parts, build
 from metadiskfs.node.settings import NodeSettings
+from tests.node.node_process import RunningNode, StartNode, multipart, run_cli
 
 
 def upload(node: RunningNode, content: bytes) -> tuple[wire.Link, Path]:

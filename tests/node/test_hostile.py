@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import StartNode
-from node_process import RunningNode, multipart, post_head, wait_for
 
 from metadiskfs.node.access_log import path as logged_path
 from metadiskfs.node.names import MAX_NAME, clean
+from tests.node.node_process import RunningNode, StartNode, multipart, post_head, wait_for
 
 FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
 GOOD = multipart([(b'name="file"; filename="a"', b"test data\n")])

@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import StartNode
-from node_process import TOKEN, RunningNode, children, exists, multipart, post_head, run_cli, wait_for
 
 from metadiskfs.metadisk import wire
+from tests.node.node_process import (
+    TOKEN,
+    RunningNode,
+    StartNode,
+    children,
+    exists,
+    multipart,
+    post_head,
+    run_cli,
+    wait_for,
+)
 
 FORM = {"Content-Type": "multipart/form-data; boundary=edge"}
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import StartNode
-from node_process import RunningNode
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -17,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from metadiskfs.metadisk import wire
+from tests.node.node_process import RunningNode, StartNode
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
