@@ -27,16 +27,16 @@ class Connection:
     """One keep-alive connection. A server that closes it between requests is connected to anew."""
 
     port: int
-    socket: socket.socket | None = None
+    stream: socket.socket | None = None
     buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(256 * 1024)))
 
     def exchange(self, *parts: bytes | memoryview) -> tuple[int, int, bytes]:
         """Send a request, read its answer: (status, bytes of the body, its first 64 KiB)."""
-        if self.socket is None:
-            self.socket = socket.create_connection(("127.0.0.1", self.port), 120)
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.stream is None:
+            self.stream = socket.create_connection(("127.0.0.1", self.port), 120)
+            self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for part in parts:
-            self.socket.sendall(part)
+            self.stream.sendall(part)
         head, body = self._head()
         lines = head.decode("latin-1").lower().split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
@@ -46,19 +46,19 @@ class Connection:
         return int(lines[0].split()[1]), total, bytes(body)
 
     def _head(self) -> tuple[bytes, bytearray]:
-        assert self.socket is not None
+        assert self.stream is not None
         received = bytearray()
         while (end := received.find(b"\r\n\r\n")) < 0:
-            count = self.socket.recv_into(self.buffer)
+            count = self.stream.recv_into(self.buffer)
             if not count:
                 raise BadAnswer("the connection was closed before an answer")
             received += self.buffer[:count]
         return bytes(received[:end]), received[end + 4 :]
 
     def _rest(self, have: int, total: int, body: bytearray) -> int:
-        assert self.socket is not None
+        assert self.stream is not None
         while have < total:
-            count = self.socket.recv_into(self.buffer)
+            count = self.stream.recv_into(self.buffer)
             if not count:
                 raise BadAnswer("the connection was closed within an answer")
             if len(body) < _ANSWER:
@@ -67,9 +67,9 @@ class Connection:
         return have
 
     def close(self) -> None:
-        if self.socket is not None:
-            self.socket.close()
-            self.socket = None
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
 
 
 @dataclass(slots=True)

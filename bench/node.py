@@ -205,9 +205,7 @@ def _median_of(found: Sequence[Measured]) -> list[Measured]:
     groups: dict[tuple[str, str, int, int], list[Measured]] = {}
     for one in found:
         groups.setdefault((one.kind, one.server, one.size, one.connections), []).append(one)
-    picked = []
-    for group in groups.values():
-        picked.append(sorted(group, key=lambda one: one.per_second)[len(group) // 2])
+    picked = [sorted(group, key=lambda one: one.per_second)[len(group) // 2] for group in groups.values()]
     return sorted(picked, key=lambda one: (one.kind != "upload", one.kind, one.size, one.connections, one.server))
 
 
