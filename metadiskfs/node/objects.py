@@ -137,7 +137,7 @@ class Download:
             wanted = _read_range(request, response, size)
             start, stop = wanted or (0, size)
             if request.method != "HEAD":
-                with self._charged(request, stop - start):
+                with self._charged(request, stop - start), self._counting_damage():
                     pieces = self._proven.open(stored, filehash, start, stop)
                 cleanup.pop_all()  # from here on the answer's close() closes the object
                 _fill(response, _Opened(pieces, key, start), stop - start)
@@ -161,10 +161,16 @@ class Download:
         self._accounts.withdraw(token, size * DOWNLOAD_PRICE)
         try:
             yield
-        except BaseException as error:
+        except BaseException:
             self._accounts.deposit(token, size * DOWNLOAD_PRICE)
-            if isinstance(error, ContentMismatch):
-                self._traffic.event("damaged")
+            raise
+
+    @contextlib.contextmanager
+    def _counting_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except ContentMismatch:
+            self._traffic.event("damaged")
             raise
 
 

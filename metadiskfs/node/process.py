@@ -138,12 +138,13 @@ def _reserve(settings: NodeSettings) -> tuple[NodeSettings, socket.socket]:
         if settings.port == 0:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         probe.bind((settings.host, settings.port))
-    except OSError as error:
+    except OSError as error:  # a name that does not resolve is one, too
         probe.close()
         raise UsageError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    address = probe.getsockname()  # a name became an address, which is what the server wants
     if settings.port:
         probe.close()
-    return replace(settings, port=settings.port or probe.getsockname()[1]), probe
+    return replace(settings, host=address[0], port=address[1]), probe
 
 
 def _load_worker(settings: NodeSettings, main_pid: int, on_ready: OnReady, owner_fd: int) -> Gate:

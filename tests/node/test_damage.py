@@ -44,6 +44,8 @@ def test_a_flipped_bit_is_an_error_and_an_upload_heals_it(node: RunningNode, siz
             answer = requests.get(url, params=params, headers=headers, timeout=30)
             assert (answer.status_code, answer.json()) == (500, {"error": "error-downloading-file"})
     assert f"object {link.filehash} is damaged" in node.log_text()
+    metrics = requests.get(node.url + "/metrics", timeout=10).text
+    assert int(metrics.partition("\nmetadisk_objects_damaged_total ")[2].split()[0]) >= 4
     upload(node, content)
     assert requests.get(url, params={"key": link.key}, timeout=30).content == content
 
@@ -137,6 +139,7 @@ def test_metrics_are_prometheus_text(inside: tuple[Client, Parts]) -> None:
     text = client.simulate_get("/metrics").text
     assert 'metadisk_requests_total{route="upload",status="201"} 1\n' in text
     assert "metadisk_objects_stored_total 1\n" in text
+    assert "metadisk_objects_damaged_total 0\n" in text
     for line in text.splitlines():
         assert line.startswith("# TYPE metadisk_") or float(line.rpartition(" ")[2]) >= 0
     assert json.dumps(text)

@@ -62,6 +62,19 @@ def test_sigterm_answers_what_is_under_way(start_node: StartNode) -> None:
         requests.get(node.url, timeout=2)
 
 
+def test_sigterm_does_not_wait_for_idle_connections(start_node: StartNode) -> None:
+    node = start_node()
+    with requests.Session() as session:
+        assert session.get(node.url + "/healthz", timeout=10).ok
+        begun = time.monotonic()
+        assert node.terminate() == 0
+        assert time.monotonic() - begun < 5
+
+
+def test_a_name_to_listen_on(start_node: StartNode) -> None:
+    assert start_node("--listen", "localhost:0").url.startswith("http://127.0.0.1:")
+
+
 def test_kill_9_leaves_nothing_that_the_next_start_does_not_sweep(start_node: StartNode) -> None:
     node = start_node()
     worker = node.worker

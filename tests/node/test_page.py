@@ -1,4 +1,4 @@
-"""The node's page in a real browser. Needs Chromium and its driver (Debian: chromium chromium-driver)."""
+"""The node's page in a real browser. scripts/test-page installs what that needs."""
 
 import os
 import shutil
@@ -25,7 +25,9 @@ Browser = webdriver.Chrome
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium and driver, "install Debian's chromium and chromium-driver, or deselect with -m 'not browser'"
+    if not (chromium and driver) and os.environ.get("METADISKFS_BROWSER") != "1":
+        pytest.skip("no Chromium here; scripts/test-page installs it and runs these")
+    assert chromium and driver
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
