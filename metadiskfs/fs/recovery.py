@@ -41,6 +41,7 @@ def _match_sealed(volume: Volume) -> None:
             cache.stored(sha256, size)
         elif row.state == LOST:
             chunks.mark_pending(row.id)
+    cache.settle()
 
 
 def _match_pending(volume: Volume) -> None:

@@ -49,7 +49,7 @@ def _without_privileges(mode: int) -> int:
 class Handle:
     """One open file. ``next_offset`` and ``run`` tell a sequential reader (bytes) from a random one."""
 
-    __slots__ = ("ahead_to", "append", "content", "inode", "next_offset", "path", "run", "writable")
+    __slots__ = ("ahead_to", "append", "content", "inode", "next_offset", "noatime", "path", "run", "writable")
 
     def __init__(self, inode: Inode, content: Content | None, flags: int, path: bytes) -> None:
         self.inode = inode
@@ -57,6 +57,7 @@ class Handle:
         self.path = path
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.append = bool(flags & os.O_APPEND)
+        self.noatime = bool(flags & os.O_NOATIME)
         self.next_offset = 0
         self.run = 0
         self.ahead_to = 0
@@ -156,6 +157,7 @@ class Volume:
         self._write_atimes()
         self.uploader.stop()
         self.hasher.stop()
+        self.cache.settle()
 
     def _maintain(self) -> None:
         while not self._stopping.is_set():
@@ -165,6 +167,7 @@ class Volume:
             try:
                 self.index.flush_joining()
                 self._seal_quiet()
+                self.cache.settle()
                 self._write_atimes()
                 for act in self.on_tick:
                     act()
@@ -275,7 +278,7 @@ class Volume:
         else:
             handle.run = 0
             handle.ahead_to = 0
-        if self._atime:
+        if self._atime and not handle.noatime:
             self._accessed(handle.inode)
         try:
             count = content.read_into(view, offset)
@@ -314,13 +317,16 @@ class Volume:
             noted, self._atimes = self._atimes, {}
             self.index.set_atimes([(atime, number) for number, atime in noted.items()])
 
-    def write(self, number: int, data: memoryview, offset: int) -> int:
-        """Write all of ``data``. Raises CacheFull (ENOSPC) when nothing can be freed for it, NodeError (EIO)."""
+    def write(self, number: int, data: memoryview, offset: int, *, append: bool | None = None) -> int:
+        """Write all of ``data``; ``append`` (at the end, wherever that is now): None for as it was opened.
+
+        Raises CacheFull (ENOSPC) when nothing can be freed for it, NodeError (EIO).
+        """
         handle = self.handle(number)
         if handle.content is None or not handle.writable:
             raise posix_error(errno.EBADF)
         self._make_room(len(data))
-        if handle.append:
+        if handle.append if append is None else append:
             handle.content.append(data)
         else:
             handle.content.write(data, offset)

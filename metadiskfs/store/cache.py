@@ -19,12 +19,14 @@ import itertools
 import logging
 import os
 import random
+import re
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from metadiskfs.crash import crash_point
 from metadiskfs.errors import CacheFull, ChunkDamaged
 from metadiskfs.store.descriptors import Descriptors, OpenFile
 
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 HASH_BUFFER = 1 << 20
 _EVICT_SAMPLE = 64
 _FANOUT = [f"{n:02x}" for n in range(256)]
+_CHUNK_NAME = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,18 @@ def copy_range(source: int, target: int, count: int) -> None:
         done += copied
 
 
+def _copy_over(source: str, part: str, target: str) -> None:
+    """Move a file to another file system: it gets its name when it is whole."""
+    try:
+        shutil.copyfile(source, part)
+        os.rename(part, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+    os.unlink(source)
+
+
 class Cache:
     """Chunk files and work files. Sizes are in bytes; ``limit`` bounds all three kinds together."""
 
@@ -99,8 +114,14 @@ class Cache:
         self.cached_bytes = 0
         """Held by stored chunks: can be fetched again."""
         self._evict_lock = threading.Lock()
+        self.before_eviction: Callable[[], None] = lambda: None
+        """Makes the index durable: what goes must not be 'pending' again after a power cut."""
+        self._moving: dict[bytes, int] = {}
+        self._place_lock = threading.Lock()
+        """Whoever gives a sealed chunk its place or takes it away holds it; taken before the other two locks."""
         self._volatile: set[bytes] = set()
         self._doubted_before_ns = 0
+        self._newest_ns = 0
         self._proven: set[bytes] = set()
         for folder in (self.work_dir, self.sealed_dir, self.cache_dir, self.part_dir):
             os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -121,9 +142,11 @@ class Cache:
         return f"{self.cache_dir}/{name[:2]}/{name}"
 
     def new_work_path(self, inode: int, slot: int) -> str:
+        """A new file's path; inode 0 for what is nobody's content and goes with the next start."""
         return f"{self.work_dir}/{inode}-{slot}-{next(self._serial)}"
 
     def new_part_path(self) -> str:
+        os.makedirs(self.part_dir, mode=0o700, exist_ok=True)  # somebody emptied the cache folder
         return f"{self.part_dir}/{os.getpid()}-{next(self._serial)}"
 
     # -- accounting -----------------------------------------------------------------------------------------------
@@ -160,15 +183,20 @@ class Cache:
     def has_chunk(self, sha256: bytes) -> bool:
         return os.path.exists(self.sealed_path(sha256)) or os.path.exists(self.cached_path(sha256))
 
-    def doubt_older_than(self, time_ns: int) -> None:
-        """After a power cut: chunk files from before it prove themselves at their first use."""
-        self._doubted_before_ns = time_ns
+    def doubt_older_than(self, time_ns: int) -> int:
+        """After a power cut: chunk files from before it prove themselves at their first use.
+
+        Returns the moment to be remembered for later sessions: not before any file here, however the clock was set.
+        """
+        self._doubted_before_ns = max(time_ns, self._newest_ns + 1)
+        return self._doubted_before_ns
 
     def _prove(self, sha256: bytes, opened: OpenFile) -> bool:
         if sha256 in self._proven or os.fstat(opened.fd).st_ctime_ns >= self._doubted_before_ns:
             return True
         if digest_of(opened.fd).sha256 == sha256:
             self._proven.add(sha256)
+            os.utime(opened.fd)  # changed since the power cut now: later sessions need no proof
             return True
         self.descriptors.give_back(opened)
         if opened.path.startswith(self.sealed_dir):
@@ -178,32 +206,51 @@ class Cache:
         return False
 
     def seal(self, work_path: str, sha256: bytes, *, durable: bool) -> None:
-        """Give a work file its place among the sealed chunks.
+        """Give a work file its place among the sealed chunks, as a second name: the first goes after the commit.
 
-        ``durable``: fsync vouched for the work file, so the chunk is synced too and placed by a second name: should
-        the commit that follows be lost, the work file is still where its row says.
+        Should the commit that follows be lost, the work file is still where a row of fsync, or the next start, looks
+        for it. ``durable``: fsync vouched for the work file, so the chunk is synced too.
         """
         target = self.sealed_path(sha256)
         if durable:
             with self.descriptors.borrow(work_path) as fd:
                 os.fdatasync(fd)
-            with contextlib.suppress(FileExistsError):
-                os.link(work_path, target)
-            fsync_folder(os.path.dirname(target))
-            self.descriptors.forget(work_path)
-            return
         self.descriptors.forget(work_path)
-        os.rename(work_path, target)
+        with self._place_lock:
+            self._moving.pop(sha256, None)
+            try:
+                os.link(work_path, target)
+            except FileExistsError:  # of a chunk counted as lost, or that no row knows: ours is whole
+                self.descriptors.forget(target)
+                os.unlink(target)
+                os.link(work_path, target)
+        if durable:
+            fsync_folder(os.path.dirname(target))
+        else:
+            self.mark_volatile(sha256)
+
+    def mark_volatile(self, sha256: bytes) -> None:
+        """Note that a sealed chunk was never synced: sync_chunks() will do it where somebody asks for it."""
         with self._count_lock:
             self._volatile.add(sha256)
 
-    def unseal(self, sha256: bytes, work_path: str) -> None:
-        """Take seal() back after a failed commit."""
+    def unseal(self, sha256: bytes) -> None:
+        """Take seal() back after a failed commit; the work file still has its own name."""
         sealed = self.sealed_path(sha256)
         self.descriptors.forget(sealed)
-        os.rename(sealed, work_path)
-        with contextlib.suppress(FileNotFoundError):  # rename leaves two names of one file as they are
-            os.unlink(sealed)
+        os.unlink(sealed)
+
+    def spare(self, work_path: str, sha256: bytes, size: int) -> None:
+        """Free a work file whose content a pending chunk has already; after a power cut it may be the better copy."""
+        sealed = self.sealed_path(sha256)
+        if self._doubted_before_ns and sha256 not in self._proven:
+            self.descriptors.forget(work_path)
+            self.descriptors.forget(sealed)
+            os.rename(work_path, sealed)
+            self.mark_volatile(sha256)
+            self.count(pending=-size)
+        else:
+            self.discard_work(work_path, size)
 
     def discard_work(self, path: str, size: int) -> None:
         self.descriptors.forget(path)
@@ -214,22 +261,37 @@ class Cache:
     def work_to_cache(self, work_path: str, sha256: bytes, size: int) -> None:
         """Keep written content that turned out to be on the node already as the chunk's cached copy."""
         self.descriptors.forget(work_path)
-        self.count(pending=-size)
         self._into_cache(work_path, sha256, size)
+        self.count(pending=-size)
 
     def stored(self, sha256: bytes, size: int) -> None:
-        """Move a chunk from the sealed ones to the cache, its row saying 'stored' already."""
-        sealed = self.sealed_path(sha256)
+        """Take note that a chunk's row says 'stored': its file is to move to the cache, by settle()."""
         with self._count_lock:
             self._volatile.discard(sha256)
-        if not os.path.exists(sealed):
-            return
-        self.descriptors.forget(sealed)
-        self._into_cache(sealed, sha256, size)
-        self.count(pending=-size)
+            self.pending_bytes -= size
+            self.cached_bytes += size
+            self._moving[sha256] = size
+
+    def settle(self) -> None:
+        """Move the files of stored chunks from the sealed ones to the cache.
+
+        Not in the uploader's way: done about once a second, before an eviction, and after a crash by the next start.
+        """
+        for sha256 in list(self._moving):
+            sealed = self.sealed_path(sha256)
+            with self._place_lock:
+                size = self._moving.pop(sha256, None)
+                if size is not None:  # else dropped, or sealed anew, since
+                    self.descriptors.forget(sealed)
+                    self._into_cache(sealed, sha256, size)
+                    self.count(cached=-size)  # counted by stored() already
 
     def keep_fetched(self, part_path: str, sha256: bytes, size: int) -> None:
-        """Take a proven download into the cache."""
+        """Take a proven download into the cache, within its limit."""
+        try:
+            self.make_room(size)
+        except CacheFull:
+            self.evict(size)  # all room waits for upload: one comes, one goes
         self._into_cache(part_path, sha256, size)
 
     def _into_cache(self, source: str, sha256: bytes, size: int) -> None:
@@ -245,15 +307,13 @@ class Cache:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            part = self.new_part_path()
-            shutil.copyfile(source, part)
-            os.rename(part, target)
-            os.unlink(source)
+            _copy_over(source, self.new_part_path(), target)
         if fresh:
             self.count(cached=size)
 
     def take_back(self, sha256: bytes, size: int) -> bool:
         """Move a proven cached copy to the sealed chunks: it is to be uploaded again. False where there is none."""
+        self.settle()
         if os.path.exists(self.sealed_path(sha256)):
             return True
         cached = self.cached_path(sha256)
@@ -266,29 +326,30 @@ class Cache:
         if not whole:
             self.drop_cached(sha256)
             return False
+        crash_point("taken-back-before-rename")
         try:
             os.rename(cached, self.sealed_path(sha256))
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            part = self.new_work_path(0, 0)
-            shutil.copyfile(cached, part)
-            os.rename(part, self.sealed_path(sha256))
-            os.unlink(cached)
+            _copy_over(cached, self.new_work_path(0, 0), self.sealed_path(sha256))
+        self.mark_volatile(sha256)
         self.count(pending=size, cached=-size)
         return True
 
     def drop_chunk(self, sha256: bytes, size: int) -> None:
         """Free a chunk's files, wherever they lie: no file refers to it any more."""
         sealed = self.sealed_path(sha256)
-        self.descriptors.forget(sealed)
-        with self._count_lock:
-            self._volatile.discard(sha256)
-        try:
-            os.unlink(sealed)
-            self.count(pending=-size)
-        except FileNotFoundError:
-            self.drop_cached(sha256)
+        with self._place_lock:
+            self.descriptors.forget(sealed)
+            with self._count_lock:
+                self._volatile.discard(sha256)
+                stored = self._moving.pop(sha256, None) is not None
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(sealed)
+                self.count(**{"cached" if stored else "pending": -size})
+                return
+        self.drop_cached(sha256)
 
     def drop_cached(self, sha256: bytes) -> None:
         path = self.cached_path(sha256)
@@ -322,7 +383,10 @@ class Cache:
         and a file's access time says when it was last opened here (touched by mark_used).
         """
         freed = 0
+        self.settle()
         with self._evict_lock:
+            self.before_eviction()
+            crash_point("evict-before-unlink")
             while freed < size:
                 sample = self._sample()
                 if not sample:
@@ -335,7 +399,9 @@ class Cache:
     def clear(self) -> int:
         """Drop every stored chunk. Returns the bytes freed."""
         freed = 0
+        self.settle()
         with self._evict_lock:
+            self.before_eviction()
             for name in _FANOUT:
                 freed += sum(self._evict_one(entry.path) for entry in self._chunks_in(name))
         return freed
@@ -378,14 +444,23 @@ class Cache:
         """Count what lies in the cache from earlier, and remove unfinished downloads. Before anything is added."""
         for entry in os.scandir(self.part_dir):
             os.unlink(entry.path)
-        self.cached_bytes = sum(entry.stat().st_size for name in _FANOUT for entry in self._chunks_in(name))
+        for name in _FANOUT:
+            for entry in self._chunks_in(name):
+                found = entry.stat()
+                self.cached_bytes += found.st_size
+                self._newest_ns = max(self._newest_ns, found.st_ctime_ns)
 
     def sealed_chunks(self) -> Iterator[tuple[bytes, int]]:
         """(SHA-256, size) of every file among the sealed chunks."""
         for name in _FANOUT:
             with os.scandir(f"{self.sealed_dir}/{name}") as entries:
                 for entry in list(entries):
-                    yield bytes.fromhex(entry.name), entry.stat().st_size
+                    if not _CHUNK_NAME.fullmatch(entry.name):
+                        log.warning("%s is none of ours: left alone", entry.path)
+                        continue
+                    found = entry.stat()
+                    self._newest_ns = max(self._newest_ns, found.st_ctime_ns)
+                    yield bytes.fromhex(entry.name), found.st_size
 
     def work_files(self) -> list[str]:
         return os.listdir(self.work_dir)

@@ -5,6 +5,7 @@ just before the row that vouches for it is committed, and is removed just after 
 """
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,6 +122,7 @@ class Chunks:
             released = self._release_rows(change)
             for slot, work in change.sealed.items():
                 sealed[slot] = self._adopt(work)
+                crash_point("placed-before-row")
             rows = [(change.inode, n, s.chunk, s.length) for n, s in change.slots.items() if s is not None]
             rows += [(change.inode, n, s.chunk, s.length) for n, s in sealed.items()]
             db.executemany("INSERT OR REPLACE INTO slot VALUES (?, ?, ?, ?)", rows)
@@ -174,15 +176,16 @@ class Chunks:
                 db.execute("UPDATE chunk SET dead = NULL WHERE id = ?", (chunk,))
                 self._index.on_commit(lambda: cache.work_to_cache(work.path, digest.sha256, digest.size))
             else:
-                self._index.on_commit(lambda: cache.discard_work(work.path, digest.size))
+                if work.durable:  # what fsync vouched for rests on that chunk's file from now on
+                    cache.sync_chunks([digest.sha256])
+                self._index.on_commit(lambda: cache.spare(work.path, digest.sha256, digest.size))
         return Slot(chunk, digest.sha256, digest.size, digest.size)
 
     def _seal_file(self, work: SealedWork) -> None:
         cache, sha256 = self._cache, work.digest.sha256
         cache.seal(work.path, sha256, durable=work.durable)
-        self._index.on_rollback(lambda: cache.unseal(sha256, work.path))
-        if work.durable:
-            self._index.on_commit(lambda: cache.discard_work(work.path, 0))
+        self._index.on_rollback(lambda: cache.unseal(sha256))
+        self._index.on_commit(lambda: cache.discard_work(work.path, 0))
 
     def pin(self, inode: int, work: SealedWork) -> int:
         """Keep content for an inode that no slot of it refers to. Returns the chunk."""
@@ -238,10 +241,9 @@ class Chunks:
             sha256, size, state = row
             if state == STORED:
                 db.execute("UPDATE chunk SET dead = ? WHERE id = ?", (self.generation, chunk))
-                self._index.on_commit(lambda sha256=sha256: cache.drop_cached(sha256))  # type: ignore[misc]
             else:
                 db.execute("DELETE FROM chunk WHERE id = ?", (chunk,))
-                self._index.on_commit(lambda sha256=sha256, size=size: cache.drop_chunk(sha256, size))  # type: ignore[misc]
+            self._index.on_commit(functools.partial(cache.drop_chunk, sha256, size))
 
     def states_of(self, inode: int) -> set[int]:
         """The states of all chunks a file consists of."""

@@ -1,5 +1,6 @@
 """Open files of the store, kept open for the next access, never more than a fixed number when idle."""
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -40,16 +41,28 @@ class Descriptors:
                 found.users += 1
                 self._open.move_to_end(path)
                 return found
-        opened = OpenFile(self, path, os.open(path, flags | os.O_CLOEXEC, 0o600))
+        opened = OpenFile(self, path, self._open_now(path, flags | os.O_CLOEXEC))
         with self._lock:
             if path in self._open:  # somebody was faster: ours serves this one use
                 opened.forgotten = True
                 return opened
             self._open[path] = opened
-            excess = self._trim()
+            excess = self._trim(keep=self._capacity)
         for fd in excess:
             os.close(fd)
         return opened
+
+    def _open_now(self, path: str, flags: int) -> int:
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:
+            excess = self._trim(keep=0)
+        for fd in excess:
+            os.close(fd)
+        return os.open(path, flags, 0o600)
 
     def give_back(self, opened: OpenFile) -> None:
         with self._lock:
@@ -75,11 +88,11 @@ class Descriptors:
         for path in paths:
             self.forget(path)
 
-    def _trim(self) -> list[int]:
+    def _trim(self, *, keep: int) -> list[int]:
         excess = []
-        if len(self._open) > self._capacity:
+        if len(self._open) > keep:
             idle = [path for path, opened in self._open.items() if opened.users == 0]
-            for path in idle[: len(self._open) - self._capacity]:
+            for path in idle[: len(self._open) - keep]:
                 opened = self._open.pop(path)
                 opened.forgotten = True
                 excess.append(opened.fd)

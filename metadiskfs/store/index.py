@@ -64,8 +64,9 @@ class Index:
         if not path.exists():
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         with translated():
+            if path.stat().st_size:
+                read_only(path).close()  # a newer index stays untouched: closing a writer would move its log into it
             self.db = self.connect()
-            schema.check_known(self.db)  # before anything is written: a newer index stays untouched
             self.db.execute("PRAGMA journal_mode = WAL")
             schema.migrate(self.db)
             if self.meta("uuid") is None:
@@ -109,8 +110,9 @@ class Index:
             if durable:
                 self.db.execute("PRAGMA synchronous = FULL")
             self.db.execute("BEGIN IMMEDIATE")
+            joining = self._joining.pop(threading.get_ident(), [])
             try:
-                for statement, values in self._joining.pop(threading.get_ident(), ()):
+                for statement, values in joining:
                     self.db.execute(statement, values)
                 yield self.db
                 if durable:  # a commit that changes nothing would sync nothing
@@ -123,6 +125,8 @@ class Index:
             except BaseException:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
+                if joining:  # acknowledged already: they join the next one
+                    self._joining[threading.get_ident()] = joining
                 self._settle(self._after_rollback)
                 raise
             finally:
@@ -164,11 +168,10 @@ class Index:
     def flush_joining(self) -> None:
         with self.lock:
             waiting = [item for items in self._joining.values() for item in items]
-            self._joining.clear()
             if waiting:
-                with self.transaction() as db:
-                    for statement, values in waiting:
-                        db.execute(statement, values)
+                self._joining = {threading.get_ident(): waiting}
+                with self.transaction():
+                    crash_point("unlinked-before-commit")
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database; what readers still hold stays."""
@@ -301,5 +304,9 @@ def read_only(path: Path) -> sqlite3.Connection:
     with translated():
         db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30, isolation_level=None)
         db.execute("PRAGMA trusted_schema = OFF")
-        schema.check_known(db)
+        try:
+            schema.check_known(db)
+        except BaseException:
+            db.close()
+            raise
     return db

@@ -23,6 +23,10 @@ from metadiskfs.store.ports import Transfer
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+_GATHER_SECONDS = 0.01
+"""While plenty is in flight, results are gathered for so long before they are recorded in one transaction."""
+_QUEUED_AHEAD = 256
+"""Rows of the queue read at a time."""
 _DOWN_AFTER = 4
 """Failures in a row, without a success between, after which the node counts as away."""
 
@@ -40,7 +44,7 @@ class Failure:
 class Uploader:
     """Keeps up to ``in_flight_limit`` uploads under way. Safe to use from any thread; its lock is a leaf."""
 
-    def __init__(self, chunks: Chunks, cache: Cache, *, in_flight_limit: int = 32) -> None:
+    def __init__(self, chunks: Chunks, cache: Cache, *, in_flight_limit: int = 64) -> None:
         self._chunks = chunks
         self._cache = cache
         self._limit = in_flight_limit
@@ -51,6 +55,7 @@ class Uploader:
         self._failures: dict[int, Failure] = {}
         self._retries: list[tuple[float, int]] = []
         self._cursor = 0
+        self._fresh: deque[tuple[int, bytes, int]] = deque()
         self._failed_in_a_row = 0
         self._paused_until = 0.0
         self._stop = False
@@ -148,6 +153,8 @@ class Uploader:
         while True:
             self._wake.wait(self._seconds_to_next())
             self._wake.clear()
+            if len(self._in_flight) > self._limit // 2 and not self._stop:
+                time.sleep(_GATHER_SECONDS)
             try:
                 self._record()
                 if self._stop:
@@ -181,10 +188,13 @@ class Uploader:
         except MetadiskfsError:
             self._results.extendleft(reversed(settled))  # the node has them, the index must learn it
             raise
+        dropped = {result.id for result in settled if result.error and not self._chunks.pending_of(result.id)}
         with self._lock:
             for result in settled:
                 self._in_flight.pop(result.id, None)
-                if result.error:
+                if result.id in dropped:
+                    self._failures.pop(result.id, None)
+                elif result.error:
                     self._failed(result)
                 else:
                     self._succeeded(result.id)
@@ -223,30 +233,48 @@ class Uploader:
                 )
 
     def _hand_out(self) -> None:
-        assert self.transfer is not None
         while True:
             with self._lock:
-                paused = self._failed_in_a_row >= _DOWN_AFTER
-                room = (1 if paused else self._limit) - len(self._in_flight)
+                room = (1 if self.is_node_away else self._limit) - len(self._in_flight)
                 if room <= 0 or time.monotonic() < self._paused_until:
                     return
-                batch = self._due(room)
-            fresh = self._chunks.pending_after(self._cursor, room - len(batch)) if len(batch) < room else []
-            entries = [entry for chunk in batch if (entry := self._entry(chunk))]
-            if not batch and not fresh:
+                due = self._due(room)
+            entries = [entry for chunk in due if (entry := self._entry(chunk))]
+            entries += self._take_fresh(room - len(due))
+            if not due and not entries:
                 return
-            for chunk, sha256, size in (*entries, *fresh):
-                job = UploadJob(chunk, self._cache.sealed_path(sha256), sha256.hex(), size)
-                with self._lock:
-                    if chunk in self._in_flight:
-                        continue
-                    self._in_flight[chunk] = job
-                self._cursor = max(self._cursor, chunk)
-                if not self.transfer.upload(job):
-                    with self._lock:
-                        self._in_flight.pop(chunk, None)
-                        heapq.heappush(self._retries, (time.monotonic() + 0.05, chunk))
+            for position, entry in enumerate(entries):
+                if not self._offer(*entry):
+                    self._offer_later(entries[position:])
                     return
+
+    def _take_fresh(self, count: int) -> list[tuple[int, bytes, int]]:
+        """Up to ``count`` entries of the queue that were never handed out."""
+        if len(self._fresh) < count:
+            self._fresh.extend(self._chunks.pending_after(self._cursor, _QUEUED_AHEAD))
+            if self._fresh:
+                self._cursor = self._fresh[-1][0]
+        return [self._fresh.popleft() for _ in range(min(count, len(self._fresh)))]
+
+    def _offer(self, chunk: int, sha256: bytes, size: int) -> bool:
+        assert self.transfer is not None
+        job = UploadJob(chunk, self._cache.sealed_path(sha256), sha256.hex(), size)
+        with self._lock:
+            if chunk in self._in_flight:
+                return True
+            self._in_flight[chunk] = job
+        if self.transfer.upload(job):
+            return True
+        with self._lock:
+            self._in_flight.pop(chunk, None)
+        return False
+
+    def _offer_later(self, entries: list[tuple[int, bytes, int]]) -> None:
+        """The transfer process has no room, or is being started: keep the order, try again in a moment."""
+        due = time.monotonic() + 0.05
+        with self._lock:
+            for chunk, _, _ in entries:
+                heapq.heappush(self._retries, (due, chunk))
 
     def _due(self, room: int) -> list[int]:
         now = time.monotonic()
