@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from metadiskfs.crash import crash_point
 from metadiskfs.fs.inode import Inode
 from metadiskfs.store.cache import Cache, Digest, copy_range, digest_of, fsync_folder
 from metadiskfs.store.chunks import Chunks, ContentChange, SealedWork, Slot
@@ -106,12 +107,16 @@ class Content:
         self._store = store
         self._chunk_size = store.chunk_size
         self._work: dict[int, WorkFile] = {}
+        self._replaced: list[WorkFile] = []
+        """Durable work files no slot uses any more: rows name them until the next commit."""
         self._slots: dict[int, Slot] = store.chunks.slots_of(inode.number) if inode.held or inode.size else {}
         self._removed_from: int | None = None
         self._changed: dict[int, Slot | None] = {}
         self._version = 0
         self._committed = 0
         self.last_write = 0.0
+        self.was_missed = False
+        """Set by a read that had to fetch."""
 
     @property
     def is_dirty(self) -> bool:
@@ -134,6 +139,7 @@ class Content:
                 position += len(piece)
                 if (absent := self._read_slot(slot, start, piece)) is not None:
                     missing.append((absent.chunk, piece[: absent.length - start], start))
+        self.was_missed = self.was_missed or bool(missing)
         for chunk, piece, start in missing:  # chunks never change, so this is still what was asked for
             self._store.fetcher.read(chunk, piece, start)
         return count
@@ -205,8 +211,13 @@ class Content:
         work.version += 1
         with self._store.cache.descriptors.borrow(work.path) as fd:
             written = 0
-            while written < len(piece):
-                written += os.pwrite(fd, piece[written:], start + written)
+            try:
+                while written < len(piece):
+                    written += os.pwrite(fd, piece[written:], start + written)
+            except OSError:
+                if start + written > work.length:
+                    os.ftruncate(fd, work.length)  # a full disk takes a part first, which nobody was told of
+                raise
         work.version += 1
         if stop > work.length:
             self._grew(stop - work.length)
@@ -289,6 +300,13 @@ class Content:
         held = self._slots.get(slot)
         self.inode.held += (held.length if held is not None else 0) - work.length
         if not work.frozen:  # a frozen one is discarded by the seal that holds it
+            self._discard(work)
+
+    def _discard(self, work: WorkFile) -> None:
+        """Free a work file; one that fsync vouched for only when the commit that no longer names it is done."""
+        if work.durable:
+            self._replaced.append(work)
+        else:
             self._store.cache.discard_work(work.path, work.length)
 
     def _shorten(self, slot: int, length: int) -> None:
@@ -301,8 +319,11 @@ class Content:
             self._slots[slot] = self._changed[slot] = shorter
         work = self._work.get(slot)
         if work is not None and work.length > length:
-            if work.frozen:
-                work = self._make_writable(slot, overwritten_to=0)
+            if work.frozen or work.durable:  # the row of a durable one says how long it is
+                self._make_writable(slot, overwritten_to=0)
+                if not work.frozen:
+                    self._discard(work)
+                work = self._work[slot]
             work.version += 1
             with self._store.cache.descriptors.borrow(work.path) as fd:
                 os.ftruncate(fd, length)
@@ -316,6 +337,7 @@ class Content:
         first_whole, last_whole = -(-offset // self._chunk_size), stop // self._chunk_size
         with self.lock:
             for slot in [slot for slot in self._work if first_whole <= slot < last_whole]:
+                self._changed[slot] = None
                 self._drop_work(slot)
             for slot in [slot for slot in self._slots if first_whole <= slot < last_whole]:
                 self.inode.held -= self._slots.pop(slot).length
@@ -353,8 +375,9 @@ class Content:
     def seal(self) -> set[int]:
         """Turn all that was written into chunks and commit them with the file's size and times.
 
-        Returns the chunks of the slots that were sealed. Raises CacheFull or VolumeError; then everything is as it
-        was and still to be sealed.
+        What others write meanwhile goes to copies and stays to be sealed; what they cut off is left out. Returns the
+        chunks of the slots that were sealed. Raises CacheFull or VolumeError; then everything is as it was and still
+        to be sealed.
         """
         with self.seal_lock:
             with self.lock:
@@ -373,25 +396,30 @@ class Content:
                 raise
 
     def _commit(self, version: int, size: int, frozen: dict[int, WorkFile], digests: dict[int, Digest]) -> set[int]:
-        settled = {slot: work for slot, work in frozen.items() if self._work.get(slot) is work}
+        size = min(size, self.inode.size)
+        settled = {slot: work for slot, work in frozen.items() if self._is_wanted(slot, work, size)}
         sealed = {slot: SealedWork(work.path, digests[slot], work.durable) for slot, work in settled.items()}
-        change = self._change(size=min(size, self.inode.size), sealed=sealed, work={})
+        change = self._change(size=size, sealed=sealed, work={})
         slots = self._store.chunks.commit(change, durable=any(work.durable for work in settled.values()))
-        for slot in settled:
-            del self._work[slot]
         for slot, work in frozen.items():
-            if slot not in settled:  # written to or cut off meanwhile
+            if self._work.get(slot) is work:
+                del self._work[slot]
+            if slot not in settled:
                 self._store.cache.discard_work(work.path, work.length)
         self._slots.update(slots)
         self._change_committed(version)
         return {slot.chunk for slot in slots.values()}
+
+    def _is_wanted(self, slot: int, work: WorkFile, size: int) -> bool:
+        """Whether a frozen work file is what the slot held at that moment: not cut off or shortened since."""
+        return slot in self._work and slot * self._chunk_size + work.length <= size
 
     def _change(self, *, size: int, sealed: dict[int, SealedWork], work: dict[int, tuple[str, int]]) -> ContentChange:
         inode = self.inode
         return ContentChange(
             inode=inode.number,
             size=size,
-            held=inode.held,
+            held=self._held_by_chunks(sealed),
             mtime_ns=inode.mtime_ns,
             ctime_ns=inode.ctime_ns,
             removed_from=self._removed_from,
@@ -400,10 +428,23 @@ class Content:
             work=work,
         )
 
+    def _held_by_chunks(self, sealed: dict[int, SealedWork]) -> int:
+        """The bytes that rows of slots will hold, after ``sealed`` became such: what work files hold is not in it."""
+        held = self.inode.held
+        for slot, work in self._work.items():
+            before = self._slots.get(slot)
+            length = sealed[slot].digest.size if slot in sealed else before.length if before is not None else 0
+            held += length - work.length
+        return held
+
     def _change_committed(self, version: int) -> None:
         self._removed_from = None
         self._changed.clear()
         self._committed = version
+        crash_point("content-before-replaced")
+        for work in self._replaced:
+            self._store.cache.discard_work(work.path, work.length)
+        self._replaced.clear()
 
     def _thaw(self, frozen: dict[int, WorkFile]) -> None:
         with self.lock:
@@ -411,7 +452,7 @@ class Content:
                 if self._work.get(slot) is work:
                     work.frozen = False
                 else:
-                    self._store.cache.discard_work(work.path, work.length)
+                    self._discard(work)
 
     def fsync(self) -> None:
         """Make everything written so far survive a power cut, without sealing it.
@@ -423,6 +464,7 @@ class Content:
             with self.lock:
                 version, size = self._version, self.inode.size
                 work = dict(self._work)
+                lengths = {slot: piece.length for slot, piece in work.items()}
                 shas = [slot.sha256 for slot in self._slots.values()]
                 dirty = self.is_dirty
             for piece in work.values():
@@ -431,17 +473,22 @@ class Content:
             if any(not piece.durable for piece in work.values()):
                 fsync_folder(cache.work_dir)
             cache.sync_chunks(shas)
+            crash_point("fsync-before-row")
             if not dirty:
                 self._store.index.make_durable()
                 return
             with self.lock:
                 kept = {slot: piece for slot, piece in work.items() if self._work.get(slot) is piece}
-                rows = {slot: (os.path.basename(piece.path), piece.length) for slot, piece in kept.items()}
+                rows = {
+                    slot: (os.path.basename(piece.path), min(lengths[slot], piece.length))
+                    for slot, piece in kept.items()
+                }
                 change = self._change(size=min(size, self.inode.size), sealed={}, work=rows)
                 self._store.chunks.commit(change, durable=True)
                 for piece in kept.values():
                     piece.durable = True
                 self._change_committed(version)
+            crash_point("fsync-after-row")
 
     def adopt_work(self, slot: int, path: str, length: int) -> None:
         """Take a work file of a session that died as this slot's content; its first ``length`` bytes count."""
@@ -462,6 +509,9 @@ class Content:
         with self.seal_lock, self.lock:
             for slot in list(self._work):
                 self._drop_work(slot)
+            for work in self._replaced:
+                self._store.cache.discard_work(work.path, work.length)
+            self._replaced.clear()
 
     # -- whole slots ----------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Whoever serves it resolves paths with ``tree`` and passes inodes and handles in.
 taken before a content's locks and never while one of them is held.
 """
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 from metadiskfs.errors import CacheFull, MetadiskfsError
 from metadiskfs.fs.content import Content, Hasher, Store
 from metadiskfs.fs.inode import Inode
+from metadiskfs.fs.readahead import FileReader, ReadAhead
 from metadiskfs.fs.tree import Tree, posix_error
 from metadiskfs.store.cache import Cache
 from metadiskfs.store.chunks import Chunks
@@ -32,8 +34,6 @@ _TICK = 1.0
 _PROGRESS_PATIENCE = 10.0
 """Seconds a writer waits for an upload to make room before it gets ENOSPC."""
 _RELATIME_NS = 24 * 3600 * 10**9
-_AHEAD_MAX = 4
-"""Chunks fetched ahead of a sequential reader at most."""
 _LISTED_AT_ONCE = 1000
 
 
@@ -47,9 +47,9 @@ def _without_privileges(mode: int) -> int:
 
 
 class Handle:
-    """One open file. ``next_offset`` and ``run`` tell a sequential reader (bytes) from a random one."""
+    """One open file. ``path`` is where it was when it was opened."""
 
-    __slots__ = ("ahead_to", "append", "content", "inode", "next_offset", "noatime", "path", "run", "writable")
+    __slots__ = ("append", "content", "inode", "noatime", "path", "reader", "writable")
 
     def __init__(self, inode: Inode, content: Content | None, flags: int, path: bytes) -> None:
         self.inode = inode
@@ -58,9 +58,7 @@ class Handle:
         self.writable = flags & os.O_ACCMODE != os.O_RDONLY
         self.append = bool(flags & os.O_APPEND)
         self.noatime = bool(flags & os.O_NOATIME)
-        self.next_offset = 0
-        self.run = 0
-        self.ahead_to = 0
+        self.reader = FileReader()
 
 
 class Listing:
@@ -125,6 +123,7 @@ class Volume:
         self.read_only = read_only
         self.tree = Tree(index, chunks)
         self.hasher = Hasher(cache)
+        self.read_ahead = ReadAhead(self.tree, chunks, fetcher, chunk_size=index.chunk_size)
         self.store = Store(index, cache, chunks, fetcher, self.hasher, index.chunk_size)
         self._sync_timeout = sync_timeout
         self._atime = atime and not read_only
@@ -213,6 +212,8 @@ class Volume:
             self._handles[number] = Handle(inode, content, flags, path)
         if flags & os.O_TRUNC:
             content.truncate(0)
+        elif path:
+            self.read_ahead.opened(path)
         return number
 
     def _content_of(self, inode: Inode) -> Content:
@@ -272,12 +273,7 @@ class Volume:
         content = handle.content
         if content is None:
             raise posix_error(errno.EISDIR)
-        if offset == handle.next_offset:
-            handle.run += len(view)
-            self._read_ahead(handle, content, offset)
-        else:
-            handle.run = 0
-            handle.ahead_to = 0
+        self.read_ahead.read(handle.reader, content, offset, len(view))
         if self._atime and not handle.noatime:
             self._accessed(handle.inode)
         try:
@@ -285,24 +281,16 @@ class Volume:
         except MetadiskfsError as error:
             log.error("%s at %d: %s", os.fsdecode(handle.path), offset, error)
             raise
-        handle.next_offset = offset + count
+        if content.was_missed and content.inode.size <= self.index.chunk_size:
+            content.was_missed = False
+            with contextlib.suppress(OSError):  # the folder may have been renamed since
+                self.read_ahead.missed(handle.path)
         return count
 
     def read(self, number: int, size: int, offset: int) -> bytes:
         buffer = bytearray(min(size, max(0, self.handle(number).inode.size - offset)))
         count = self.read_into(number, memoryview(buffer), offset)
         return bytes(buffer[:count])
-
-    def _read_ahead(self, handle: Handle, content: Content, offset: int) -> None:
-        """Fetch the chunks behind a sequential reader's position, more of them the longer it goes on."""
-        chunk_size = self.index.chunk_size
-        ahead = min(_AHEAD_MAX, handle.run // chunk_size + 1)
-        slot = offset // chunk_size + 1
-        if slot + ahead <= handle.ahead_to or slot * chunk_size >= handle.inode.size:
-            return
-        handle.ahead_to = slot + ahead
-        if missing := content.chunks_ahead(slot * chunk_size, ahead):
-            self.fetcher.prefetch(missing)
 
     def _accessed(self, inode: Inode) -> None:
         """relatime: note the access when it is the first since a change, or a day after the last noted one."""

@@ -98,6 +98,18 @@ class Chunks:
         self._numbers = itertools.count(last + 1)
         """Never the same twice in a session, as SQLite's own would be after a delete: the queue goes by them."""
 
+    def small_files_after(self, folder: int, name: bytes, limit: int) -> list[tuple[bytes, int]]:
+        """(name, chunk) of the next files behind ``name`` in a folder that consist of one stored chunk."""
+        with self._index.lock, translated():
+            rows: list[tuple[bytes, int]] = self._index.db.execute(
+                "SELECT name.name, slot.chunk FROM name JOIN inode ON inode.id = name.inode"
+                " JOIN slot ON slot.inode = name.inode AND slot.slot = 0"
+                " JOIN chunk ON chunk.id = slot.chunk AND chunk.state = 1"
+                " WHERE name.parent = ? AND name.name > ? AND inode.size <= ? ORDER BY name.name LIMIT ?",
+                (folder, name, self._index.chunk_size, limit),
+            ).fetchall()
+        return rows
+
     # -- content of files -----------------------------------------------------------------------------------------
 
     def slots_of(self, inode: int) -> dict[int, Slot]:
@@ -356,6 +368,11 @@ class Chunks:
         """(inode, slot, file name, length) of every work file a crashed session vouched for."""
         with self._index.lock, translated():
             return self._index.db.execute("SELECT inode, slot, file, length FROM work").fetchall()
+
+    def forget_work(self, inode: int, slot: int) -> None:
+        """Delete the row of a work file that is not there: its name may be given to another."""
+        with self._index.transaction() as db:
+            db.execute("DELETE FROM work WHERE inode = ? AND slot = ?", (inode, slot))
 
     def heal(self, chunk: int, *, found: bool = False) -> str:
         """Settle a chunk its node does not have: upload it again from a copy here, else count it as lost.

@@ -22,6 +22,8 @@ from metadiskfs.store.schema import LOST, STORED
 
 log = logging.getLogger(__name__)
 
+_AHEAD_BYTES, _DOWNLOADS = 16 << 20, 32
+"""How much may be under way that nobody asked for yet."""
 _MARGIN = 5.0
 """Seconds a reader waits beyond the transfer process's own deadline: for a restart of that process, say."""
 
@@ -50,17 +52,16 @@ class Download:
 class Fetcher:
     """Brings chunks that are not on this machine. Safe to use from any thread."""
 
-    def __init__(self, chunks: Chunks, cache: Cache, *, deadline: float, prefetch_limit: int = 4) -> None:
-        """``deadline``: seconds after which a read that finds no node gives up. ``prefetch_limit``: chunks ahead."""
+    def __init__(self, chunks: Chunks, cache: Cache, *, deadline: float) -> None:
+        """``deadline``: seconds after which a read that finds no node gives up."""
         self._chunks = chunks
         self._cache = cache
         self._deadline = deadline + _MARGIN
-        self._prefetch_limit = prefetch_limit
         self._changed = threading.Condition(threading.Lock())
         self._downloads: dict[bytes, Download] = {}
         self._by_id: dict[int, Download] = {}
         self._numbers = itertools.count(1)
-        self._ahead = 0
+        self._ahead_bytes = 0
         self.transfer: Transfer | None = None
 
     # -- for readers ----------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ class Fetcher:
         """Start fetching chunks that will probably be read. Never waits, never raises for the node's sake."""
         for number in numbers:
             with self._changed:
-                if self._ahead >= self._prefetch_limit:
+                if self._ahead_bytes >= _AHEAD_BYTES or len(self._downloads) >= _DOWNLOADS:
                     return
             chunk = self._chunks.chunk(number)
             if chunk is None or chunk.state != STORED or self._cache.has_chunk(chunk.sha256):
@@ -118,15 +119,29 @@ class Fetcher:
         """Take one result. Called by the transfer's receiver thread."""
         with self._changed:
             download = self._by_id.get(result.id)
-            if download is None:
-                return
-            if download.fd < 0 and not result.error:
-                download.fd = os.open(download.job.path, os.O_RDONLY | os.O_CLOEXEC)
+        if download is None:
+            return
+        try:
+            self._take(download, result)
+        except (MetadiskfsError, OSError) as error:  # too many open files, a full disk: the reader must hear of it
+            log.error("chunk %s could not be taken into the cache: %s", download.chunk.sha256.hex(), error)
+            with self._changed:
+                download.error = download.error or NodeError(f"chunk {download.chunk.sha256.hex()}: {error}")
+        with self._changed:
+            if result.done or download.error is not None:
+                self._finish(download)
+            self._changed.notify_all()
+            self._send_waiting()
+
+    def _take(self, download: Download, result: FetchResult) -> None:
+        with self._changed:
             if result.error:
                 download.error = _error(result, download.chunk)
-            elif result.done:
+            elif download.fd < 0:
+                download.fd = os.open(download.job.path, os.O_RDONLY | os.O_CLOEXEC)
+            if result.done:
                 download.done = True
-            else:
+            elif not result.error:
                 download.proven.update(range(result.start, result.stop))
         if result.done and not result.error:
             crash_point("fetched-before-rename")
@@ -135,11 +150,6 @@ class Fetcher:
                 self._chunks.mark_found(download.chunk.id)
         elif isinstance(download.error, ObjectMissing):
             self._chunks.mark_lost(download.chunk.id)
-        with self._changed:
-            if result.done or result.error:
-                self._finish(download)
-            self._changed.notify_all()
-            self._send_waiting()
 
     def on_restart(self) -> None:
         """Hand out every unfinished download anew: the process that had them is gone."""
@@ -187,7 +197,7 @@ class Fetcher:
             first=first if chunk.blocks else 0,
         )
         download = Download(chunk, job, ahead=ahead)
-        self._ahead += ahead
+        self._ahead_bytes += chunk.size if ahead else 0
         self._downloads[chunk.sha256] = download
         self._by_id[job.id] = download
         self._send_waiting()
@@ -203,7 +213,7 @@ class Fetcher:
     def _finish(self, download: Download) -> None:
         self._downloads.pop(download.chunk.sha256, None)
         self._by_id.pop(download.job.id, None)
-        self._ahead -= download.ahead
+        self._ahead_bytes -= download.chunk.size if download.ahead else 0
         self._close_if_over(download)
 
     def _close_if_over(self, download: Download) -> None:
