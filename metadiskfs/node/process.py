@@ -9,20 +9,23 @@ An embedded node belongs to the process that started it: when the pipe on its st
 
 import ctypes
 import functools
+import http.client
 import logging
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.constants import HTTPModes, Interfaces, RuntimeModes, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
+from granian.net import SocketSpec
 from granian.server.mp import MPServer
 
 from metadiskfs.errors import MetadiskfsError, UsageError
@@ -100,14 +103,32 @@ def url_of(settings: NodeSettings) -> str:
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
 
 
+class _Server(MPServer):
+    """Granian with one listening socket for all workers, as it has it on other systems.
+
+    On Linux it gives each worker one of its own (SO_REUSEPORT); then a worker that is renewed takes the connections
+    waiting in its queue with it. Should a later granian name this method otherwise, that is what comes back.
+    """
+
+    def _init_shared_socket(self) -> None:
+        self._ssp = None
+        holder = SocketSpec(self.bind_addr, self.bind_port, self.backlog).build()
+        self._shd, self._sfd = holder, holder.get_fd()  # type: ignore[assignment]  # no types of its own: None
+        self._sso = socket.socket(fileno=self._sfd)
+        self._sso.set_inheritable(True)
+
+
 def _granian(settings: NodeSettings) -> MPServer:
-    return MPServer(
+    return _Server(
         "metadiskfs-node",
         address=settings.host,
         port=settings.port,
         interface=Interfaces.WSGI,
         http=HTTPModes.http1,
         workers=settings.workers,
+        # Not its default "mt": there a worker that stops at once can miss its own wake-up and hang until it is killed
+        # (granian 2.8, src/serve.rs: a condition variable waited for without looking whether it has happened).
+        runtime_mode=RuntimeModes.st,
         blocking_threads=settings.threads,
         # Counts connections, idle ones too. A client that keeps a thousand open must not shut others out.
         backpressure=max(4096, settings.threads),
@@ -127,8 +148,8 @@ def _granian(settings: NodeSettings) -> MPServer:
 def _reserve(settings: NodeSettings) -> tuple[NodeSettings, socket.socket]:
     """Make sure that the address is free, and where the port is 0 choose one and keep it.
 
-    The workers share their port (SO_REUSEPORT), and so would two nodes of one user started by mistake: each would get
-    half of the requests. So it is first asked for alone. A bound socket that does not listen gets no connections, it
+    The server lets its port be shared (SO_REUSEPORT): of two nodes of one user started by mistake each would get half
+    of the requests. So it is first asked for alone. A bound socket that does not listen gets no connections, it
     only keeps a chosen port from being given to someone else.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -182,14 +203,30 @@ def _keep_memory() -> None:
 
 
 def _announce(settings: NodeSettings, on_ready: OnReady) -> None:
-    """Tell when the first request is answered: the server itself has no such hook."""
+    """Tell when the first request is answered: the server itself has no such hook.
+
+    A connection proves nothing, the main process listens already; and a SIGTERM before the worker serves is lost.
+    """
     while True:
+        connection = _connect_to(settings)
         try:
-            with socket.create_connection((settings.host, settings.port), timeout=1):
-                break
-        except OSError:
-            time.sleep(0.002)
+            connection.request("HEAD", "/healthz")
+            connection.getresponse().read()
+            break
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.005)
+        finally:
+            connection.close()
     on_ready(url_of(settings))
+
+
+def _connect_to(settings: NodeSettings) -> http.client.HTTPConnection:
+    if settings.tls_cert is None:
+        return http.client.HTTPConnection(settings.host, settings.port, timeout=5)
+    itself = ssl.create_default_context()
+    itself.check_hostname = False  # whatever names the certificate has, this is the node's own socket
+    itself.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(settings.host, settings.port, timeout=5, context=itself)
 
 
 def _end_with_owner(owner_fd: int, main_pid: int) -> None:
