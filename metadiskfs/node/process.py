@@ -25,7 +25,7 @@ from dataclasses import replace
 from granian.constants import HTTPModes, Interfaces, RuntimeModes, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
-from granian.net import SocketSpec
+from granian.net import SocketSpec  # type: ignore[attr-defined]  # imported there under this name
 from granian.server.mp import MPServer
 
 from metadiskfs.errors import MetadiskfsError, UsageError

@@ -3,15 +3,18 @@
 import hashlib
 import http.client
 import json
+import os
 import random
 import re
+import socket
 import threading
+from pathlib import Path
 
 import pytest
 import requests
 
 from metadiskfs.metadisk import wire
-from tests.node.node_process import RunningNode, multipart
+from tests.node.node_process import RunningNode, StartNode, multipart, wait_for
 
 TEST_DATA = wire.Link(
     "0c12e76f671e6056b3be9af526acf1f6ca3d42d9066c811c9bceae560f3791cc",
@@ -245,6 +248,32 @@ def test_cors_for_pages_elsewhere(node: RunningNode) -> None:
     assert preflight.status_code == 200
     assert preflight.headers["Access-Control-Allow-Origin"] == "*"
     assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+
+
+def test_cors_for_chosen_pages_only(start_node: StartNode) -> None:
+    node = start_node("--cors-origin", "https://mine.example")
+    for origin, allowed in (("https://mine.example", "https://mine.example"), ("https://other.example", None)):
+        answer = requests.post(node.url + "/api/upload", files={"file": b"x"}, headers={"Origin": origin}, timeout=10)
+        assert answer.status_code == 201
+        assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def test_downloads_broken_off_leave_nothing_open(start_node: StartNode) -> None:
+    node = start_node()
+    links = [upload(node, bytes(size)) for size in (30_000_000, 3_000_000)]
+    for link in links * 5:
+        for verb in ("GET", "HEAD"):
+            with socket.create_connection(("127.0.0.1", node.port), timeout=10) as connection:
+                connection.sendall(f"{verb} /api/download/{link} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                connection.recv(1000)
+
+    def opened() -> list[str]:
+        folder = Path(f"/proc/{node.worker}/fd")
+        names = [os.readlink(descriptor) for descriptor in folder.iterdir() if descriptor.is_symlink()]
+        return [name for name in names if "/objects/" in name]
+
+    assert wait_for(lambda: not opened())
+    assert download(node, links[0]).content == bytes(30_000_000)
 
 
 def test_concurrent_uploads_do_not_touch_each_other(node: RunningNode) -> None:
