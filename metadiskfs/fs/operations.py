@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metadiskfs.errors import MetadiskfsError, MountError
+from metadiskfs.fs.aliases import Aliases
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.links import links_of
 from metadiskfs.fs.tree import RENAME_EXCHANGE, XATTR_SIZE_MAX, posix_error
@@ -120,7 +121,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._statfs = statfs
         self._writeback = writeback
         self._hidden: dict[bytes, Inode] = {}
-        self._other_names: dict[int, set[bytes]] = {}
+        self._aliases = Aliases(self._invalidate)
         self._fuse: ctypes.c_void_p | None = None
         self._init_failure: Exception | None = None
         if mfusepy.fuse_version_minor >= 12:
@@ -166,6 +167,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
             mfusepy.fuse_exit()
 
     def destroy(self, private_data: Any) -> None:
+        self._aliases.stop()
         self._fuse = None
 
     # -- paths ----------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
                 return hidden
         inode = self._tree.resolve(path)
         if inode.nlink > 1 and not inode.is_directory:
-            self._other_names.setdefault(inode.number, set()).add(path)
+            self._aliases.add(inode.number, path)
         return inode
 
     def _inode_of(self, path: bytes | None, fip: Any) -> Inode:
@@ -186,24 +188,14 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         assert path is not None
         return self._inode(path)
 
-    def _changed(self, inode: Inode, path: bytes | None = None) -> None:
-        """Tell the kernel of a change that reached it through one of several names: each is an inode of its own."""
-        if inode.number in self._other_names and self._fuse is not None:
-            for name in list(self._other_names[inode.number]):
-                if name != path:
-                    mfusepy._libfuse.fuse_invalidate_path(self._fuse, name)
-            if inode.nlink <= 1:
-                del self._other_names[inode.number]
+    def _invalidate(self, path: bytes) -> None:
+        if self._fuse is not None:
+            mfusepy._libfuse.fuse_invalidate_path(self._fuse, path)
 
-    def _renamed(self, old: bytes, new: bytes) -> None:
-        """Keep the noted names of hard-linked files true."""
-        if not self._other_names:
-            return
-        below = old + b"/"
-        for names in self._other_names.values():
-            for name in [name for name in names if name == old or name.startswith(below)]:
-                names.discard(name)
-                names.add(new + name[len(old) :])
+    def _changed(self, inode: Inode, path: bytes | None, fip: Any = None) -> None:
+        """Tell the kernel of a change that reached it through one of several names: each is an inode of its own."""
+        if self._aliases:
+            self._aliases.changed(inode.number, self._volume.handle(fip.contents.fh).path if fip else path)
 
     def _caller(self) -> tuple[int, int]:
         context = mfusepy._libfuse.fuse_get_context().contents
@@ -217,19 +209,26 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def getattr_fuse_3(self, path: bytes | None, buf: Any, fip: Any) -> None:
         inode = self._inode_of(path, fip)
-        _pack_stat(_StatBuffer.from_address(ctypes.addressof(buf.contents)), *_attributes(inode))
+        attributes = _attributes(inode)
+        if inode.nlink and self._hidden and self._is_hidden(path, fip):
+            attributes = (*attributes[:4], inode.nlink + 1, *attributes[5:])  # libfuse takes one off
+        _pack_stat(_StatBuffer.from_address(ctypes.addressof(buf.contents)), *attributes)
+
+    def _is_hidden(self, path: bytes | None, fip: Any) -> bool:
+        known = self._volume.handle(fip.contents.fh).path if fip else path or b""
+        return known.rpartition(b"/")[2] in self._hidden
 
     def chmod_fuse_3(self, path: bytes | None, mode: int, fip: Any) -> None:
         self._writable()
         inode = self._inode_of(path, fip)
         self._volume.change_mode(inode, mode)
-        self._changed(inode, path)
+        self._changed(inode, path, fip)
 
     def chown_fuse_3(self, path: bytes | None, uid: int, gid: int, fip: Any) -> None:
         self._writable()
         inode = self._inode_of(path, fip)
         self._volume.change_owner(inode, None if uid == _ONE_ID else uid, None if gid == _ONE_ID else gid)
-        self._changed(inode, path)
+        self._changed(inode, path, fip)
 
     def utimens_fuse_3(self, path: bytes | None, buf: Any, fip: Any) -> None:
         self._writable()
@@ -240,7 +239,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
             else (time.time_ns(), time.time_ns())
         )
         self._tree.set_attributes(inode, atime_ns=times[0], mtime_ns=times[1])
-        self._changed(inode, path)
+        self._changed(inode, path, fip)
 
     def statfs(self, path: bytes, buf: Any) -> None:
         total, free, files = self._statfs()
@@ -290,21 +289,22 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         inode = self._inode(source)
         parent, name = self._tree.resolve_parent(target)
         self._tree.link(inode, parent, name)
-        self._other_names.setdefault(inode.number, set()).update((source, target))
-        self._changed(inode)
+        self._aliases.add(inode.number, source)
+        self._aliases.add(inode.number, target)
+        self._changed(inode, None)
 
     def unlink(self, path: bytes) -> None:
         name = path.rpartition(b"/")[2]
         if self._hidden and self._hidden.pop(name, None) is not None:
+            self._aliases.discard(path)
             return  # released already: the handle's end freed the inode
         self._writable()
         parent, name = self._tree.resolve_parent(path)
         self._lost_name(self._tree.unlink(parent, name), path)
 
     def _lost_name(self, inode: Inode, path: bytes) -> None:
-        if inode.number in self._other_names:
-            self._other_names[inode.number].discard(path)
-            self._changed(inode)
+        self._aliases.discard(path)
+        self._changed(inode, None)
 
     def rmdir(self, path: bytes) -> None:
         self._writable()
@@ -314,31 +314,37 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._writable()
         parent, name = self._tree.resolve_parent(old)
         new_parent, new_name = self._tree.resolve_parent(new)
-        if new_name.startswith(_HIDDEN) and self._tree.child(parent.number, name).opens:
-            inode = self._volume.unlink_open(parent, name)
+        inode = self._tree.child(parent.number, name)
+        if new_name.startswith(_HIDDEN) and inode.opens:
+            self._volume.unlink_open(parent, name)
             self._hidden[new_name] = inode
-            self._lost_name(inode, old)
+            self._moved(inode, old, new)
+            self._changed(inode, None)
             return
-        replaced = self._replaced(new) if self._other_names else None
+        replaced = self._replaced(new) if self._aliases else None
         self._tree.rename(parent, name, new_parent, new_name, flags)
+        if inode is replaced:
+            return  # two names of one file: nothing happened
         if flags & RENAME_EXCHANGE:
-            self._exchanged(old, new)
-            return
-        if replaced is not None:
-            self._lost_name(replaced, new)
-        self._renamed(old, new)
+            self._aliases.exchanged(old, new)
+            self._volume.paths_exchanged(old, new)
+            if replaced is not None:
+                self._changed(replaced, None)
+        else:
+            self._moved(inode, old, new)
+            if replaced is not None:
+                self._changed(replaced, None)
+        self._changed(inode, None)
+
+    def _moved(self, inode: Inode, old: bytes, new: bytes) -> None:
+        self._aliases.renamed(old, new, folder=inode.is_directory)
+        self._volume.paths_moved(old, new)
 
     def _replaced(self, path: bytes) -> Inode | None:
         try:
             return self._tree.resolve(path)
         except OSError:
             return None
-
-    def _exchanged(self, old: bytes, new: bytes) -> None:
-        parked = old + b"/\0"
-        self._renamed(new, parked)
-        self._renamed(old, new)
-        self._renamed(parked, old)
 
     # -- directories ----------------------------------------------------------------------------------------------
 
@@ -366,8 +372,12 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
                     position += 1
                     continue
                 inode = self._tree.in_memory(entry[1])
-                _pack_stat(view, *(entry[1:12] if inode is None else _attributes(inode)))
-                full = filler(buf, entry[0], pointer, position + 1, plus)
+                attributes = entry[1:12] if inode is None else _attributes(inode)
+                _pack_stat(view, *attributes)
+                known = (
+                    plus if attributes[4] == 1 or stat.S_ISDIR(attributes[1]) else 0
+                )  # else it must come to _inode
+                full = filler(buf, entry[0], pointer, position + 1, known)
             if full:
                 return
             position += 1
@@ -388,47 +398,44 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
             if self._caller()[0]:
                 self._volume.drop_privileges(inode)
             self._changed(inode, path)
-        info.keep_cache = 1  # whatever changes content goes through this kernel, or invalidates it (_changed)
+        info.keep_cache = inode.nlink <= 1  # whatever changes content goes through this kernel inode
 
     def read(self, path: bytes | None, buf: Any, size: int, offset: int, fip: Any) -> int:
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buf.contents))).cast("B")
-        if not self._other_names:
+        if not self._aliases:
             return self._volume.read_into(fip.contents.fh, view, offset)
         inode = self._volume.handle(fip.contents.fh).inode
         atime_ns = inode.atime_ns
         count = self._volume.read_into(fip.contents.fh, view, offset)
         if inode.atime_ns != atime_ns:
-            self._changed_by(fip.contents.fh)
+            self._changed(inode, path, fip)
         return count
 
     def write(self, path: bytes | None, buf: Any, size: int, offset: int, fip: Any) -> int:
         view = memoryview((ctypes.c_char * size).from_address(ctypes.addressof(buf.contents))).cast("B")
         number = fip.contents.fh
-        written = self._volume.write(number, view, offset)
-        if self._other_names:
-            self._changed_by(number)
+        # The request's own flags: fcntl may have changed them since open, and pages stored through mmap have none.
+        written = self._volume.write(number, view, offset, append=bool(fip.contents.flags & os.O_APPEND))
+        if self._aliases:
+            self._changed(self._volume.handle(number).inode, path, fip)
         return written
-
-    def _changed_by(self, number: int) -> None:
-        handle = self._volume.handle(number)
-        self._changed(handle.inode, handle.path)
 
     def truncate_fuse_3(self, path: bytes | None, length: int, fip: Any) -> None:
         self._writable()
         inode = self._inode_of(path, fip)
         self._volume.truncate(inode, length, fip.contents.fh if fip else None)
-        self._changed(inode, path)
+        self._changed(inode, path, fip)
 
     def fallocate(self, path: bytes | None, mode: int, offset: int, length: int, fip: Any) -> None:
         self._volume.fallocate(fip.contents.fh, mode, offset, length)
-        self._changed_by(fip.contents.fh)
+        self._changed(self._volume.handle(fip.contents.fh).inode, path, fip)
 
     def copy_file_range(
         self, path_in: bytes | None, fi_in: Any, offset_in: int, path_out: bytes | None, fi_out: Any, offset_out: int,
         size: int, flags: int,
     ) -> int:  # fmt: skip
         done = self._volume.copy_range(fi_in.contents.fh, offset_in, fi_out.contents.fh, offset_out, size)
-        self._changed_by(fi_out.contents.fh)
+        self._changed(self._volume.handle(fi_out.contents.fh).inode, path_out, fi_out)
         return done
 
     def lseek(self, path: bytes | None, offset: int, whence: int, fip: Any) -> int:
@@ -452,7 +459,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
     # -- extended attributes --------------------------------------------------------------------------------------
 
     def getxattr(self, path: bytes, name: bytes, value: Any, size: int, *_: Any) -> int:
-        if name.startswith((b"security.", b"system.")) and not self._is_set(path, name):
+        if not name.startswith((b"user.", b"trusted.")) and not self._is_set(path, name):
             raise posix_error(errno.EOPNOTSUPP)  # then ls and cp stop asking; ENODATA would make them go on
         inode = self._inode(path)
         found = self._own_attribute(inode, name)
@@ -463,7 +470,9 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         return _return_bytes(found, value, size)
 
     def _is_set(self, path: bytes, name: bytes) -> bool:
-        return name.startswith(b"security.") and self._volume.index.xattr(self._inode(path).number, name) is not None
+        if not self._tree.has_privileges or not name.startswith(b"security."):
+            return False
+        return self._volume.index.xattr(self._inode(path).number, name) is not None
 
     def _own_attribute(self, inode: Inode, name: bytes) -> bytes | None:
         if not name.startswith(b"user.metadisk.") or not inode.is_regular:
@@ -495,8 +504,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._changed(inode, path)
 
     def _check_settable(self, name: bytes) -> None:
-        if name.startswith(b"system."):
-            raise posix_error(errno.EOPNOTSUPP)  # POSIX ACLs: refused, not ignored
+        if not name.startswith((b"user.", b"trusted.", b"security.")):
+            raise posix_error(errno.EOPNOTSUPP)  # POSIX ACLs among them: refused, not ignored
         if name.startswith(b"user.metadisk."):
             raise posix_error(errno.EPERM)
 

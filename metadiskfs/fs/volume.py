@@ -228,6 +228,19 @@ class Volume:
         except KeyError:
             raise posix_error(errno.EBADF) from None
 
+    def paths_moved(self, old: bytes, new: bytes) -> None:
+        """Let open files be called by their present names."""
+        below = old + b"/"
+        for handle in list(self._handles.values()):
+            if handle.path == old or handle.path.startswith(below):
+                handle.path = new + handle.path[len(old) :]
+
+    def paths_exchanged(self, one: bytes, two: bytes) -> None:
+        parked = one + b"/\0"
+        self.paths_moved(two, parked)
+        self.paths_moved(one, two)
+        self.paths_moved(parked, one)
+
     def flush(self, number: int) -> None:
         """What close(2) reports: seal, and with --sync wait for the node. Cheap when nothing was written."""
         handle = self.handle(number)

@@ -85,6 +85,15 @@ def copied(source: str, target: str) -> int:
         os.close(two)
 
 
+def took(path: str) -> bool:
+    """Whether this process is the one that created the file."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
 def snapshot() -> dict[str, tuple[Any, ...]]:
     """What stat says of the current folder and everything below; inode numbers stand first, times last but one.
 

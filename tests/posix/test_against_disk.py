@@ -19,7 +19,6 @@ import pytest
 from tests.posix.conftest import fresh_folder
 from tests.posix.users import ANNA, BEN, CARL, GUESTS, STAFF, User
 
-
 _TICK = 0.02
 """Seconds after which a time that the kernel takes from its coarse clock has changed."""
 
