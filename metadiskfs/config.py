@@ -35,7 +35,7 @@ class Config:
     """What a command works with. Sizes in bytes, times in seconds.
 
     ``node`` is a URL, or "" for the embedded node. ``chunk_size`` counts when a volume is created; afterwards the
-    volume's own is used.
+    volume's own is used. ``sweep_below_size``: free disk space under which the embedded node is swept by itself.
     """
 
     node: str = ""
@@ -47,6 +47,7 @@ class Config:
     read_deadline: float = 30.0
     backup_interval: float = 600.0
     recovery_file: str = ""
+    sweep_below_size: int = 1 << 30
     data_dir: Path = Path()
     cache_dir: Path = Path()
     state_dir: Path = Path()

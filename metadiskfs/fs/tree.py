@@ -5,6 +5,7 @@ it. The kernel's VFS has checked permissions, and that no directory is moved bel
 """
 
 import errno
+import functools
 import os
 import stat
 import time
@@ -26,9 +27,12 @@ _INODES_KEPT = 16384
 _NAMES_KEPT = 32768
 
 
+_strerror = functools.cache(os.strerror)
+
+
 def posix_error(number: int) -> OSError:
     """An answer of the file system: the errno is the message."""
-    return OSError(number, os.strerror(number))
+    return OSError(number, _strerror(number))
 
 
 class Tree:
@@ -39,6 +43,8 @@ class Tree:
         self._chunks = chunks
         self._inodes: dict[int, Inode] = {}
         self._names: dict[tuple[int, bytes], int] = {}
+        self.has_privileges = index.has_privileges()
+        """Whether a file may have an attribute of security.*; once true it stays so."""
         self.on_unlinked: Callable[[Inode], None] = lambda _inode: None
         """Told, under the index lock, of a file whose last name went while it was open."""
 
@@ -163,8 +169,8 @@ class Tree:
         known = self._names.get((parent.number, name))
         if known == _ABSENT:
             self._index.flush_joining()
-        if known or self._index.lookup(parent.number, name) is not None:
-            raise posix_error(errno.EEXIST)
+        if known:
+            raise posix_error(errno.EEXIST)  # what is not in memory, the index's primary key refuses
 
     # -- removing -------------------------------------------------------------------------------------------------
 
@@ -383,6 +389,7 @@ class Tree:
             raise posix_error(errno.ERANGE)
         if len(value) > XATTR_SIZE_MAX:
             raise posix_error(errno.E2BIG)
+        self.has_privileges = self.has_privileges or name.startswith(b"security.")
         with self._index.lock:
             if flags:
                 exists = self._index.xattr(inode.number, name) is not None

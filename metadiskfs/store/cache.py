@@ -46,16 +46,13 @@ class Digest:
     size: int
 
 
-def digest_of(fd: int, limit: int | None = None) -> Digest:
-    """Hash a file (its first ``limit`` bytes). Releases the GIL while reading and hashing."""
+def digest_of(fd: int) -> Digest:
+    """Hash a file. Releases the GIL while reading and hashing."""
     hasher = hashlib.sha256()
-    buffer = memoryview(bytearray(min(HASH_BUFFER, limit) if limit is not None else HASH_BUFFER))
+    expected = os.fstat(fd).st_size  # a buffer of the full size for a small file would cost more than its hash
+    buffer = memoryview(bytearray(min(HASH_BUFFER, expected + 1)))
     size = 0
-    while limit is None or size < limit:
-        want = len(buffer) if limit is None else min(len(buffer), limit - size)
-        count = os.preadv(fd, [buffer[:want]], size)
-        if count == 0:
-            break
+    while count := os.preadv(fd, [buffer], size):
         hasher.update(buffer[:count])
         size += count
     return Digest(hasher.digest(), size)

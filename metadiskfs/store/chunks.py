@@ -390,6 +390,11 @@ class Chunks:
             db.execute("UPDATE chunk SET state = ? WHERE id = ?", (LOST, chunk))
             return "lost"
 
+    def has_dropped(self) -> bool:
+        """Whether any stored content is not needed any more."""
+        with self._index.lock, translated():
+            return self._index.db.execute("SELECT 1 FROM chunk WHERE dead IS NOT NULL").fetchone() is not None
+
     def require(self, number: int) -> ChunkRow:
         """The chunk's row. Raises ChunkDamaged where a slot refers to a chunk the index does not have."""
         row = self.chunk(number)

@@ -6,13 +6,15 @@ the process; ``transaction(durable=True)`` makes it survive a power cut as well.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from metadiskfs.crash import crash_point
@@ -28,13 +30,27 @@ _INODE = "id, mode, uid, gid, nlink, size, held, rdev, atime_ns, mtime_ns, ctime
 _FULL = getattr(sqlite3, "SQLITE_FULL", 13)
 
 
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
+class _Translated:
+    """See translated(). A class, because every statement passes here and a generator would cost it a third more."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, sqlite3.Error):
+            raise translate(error) from error
+
+
+_TRANSLATED = _Translated()
+
+
+def translated() -> _Translated:
     """The border: sqlite3's exceptions become ours. Raises CacheFull (disk full), IndexDamaged or VolumeError."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise translate(error) from error
+    return _TRANSLATED
 
 
 def translate(error: sqlite3.Error) -> MetadiskfsError:
@@ -97,50 +113,45 @@ class Index:
 
     # -- transactions ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def transaction(self, *, durable: bool = False, counted: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = False, counted: bool = True) -> "_Transaction":
         """Hold the lock and commit at the end, or roll back when the block raises. Nests into an outer one.
 
         ``durable``: on disk when it returns, with all commits before it. ``counted``: a backup should hold it.
+        ``with`` gives the connection. Raises CacheFull (disk full), IndexDamaged or VolumeError.
         """
-        with self.lock, translated():
-            if self.db.in_transaction:
-                yield self.db
-                return
-            if durable:
-                self.db.execute("PRAGMA synchronous = FULL")
-            self.db.execute("BEGIN IMMEDIATE")
-            joining = self._joining.pop(threading.get_ident(), [])
-            try:
-                for statement, values in joining:
-                    self.db.execute(statement, values)
-                yield self.db
-                if durable:  # a commit that changes nothing would sync nothing
-                    self.db.execute(
-                        "INSERT INTO meta VALUES ('fsyncs', 1) ON CONFLICT DO UPDATE SET value = value + 1"
-                    )
-                self.db.execute("COMMIT")
-                self._durable = durable
-                self.changes += counted
-            except BaseException:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                if joining:  # acknowledged already: they join the next one
-                    self._joining[threading.get_ident()] = joining
-                self._settle(self._after_rollback)
-                raise
-            finally:
-                if durable:
-                    self.db.execute("PRAGMA synchronous = NORMAL")
-            crash_point("files-before-following")
-            self._settle(self._after_commit)
+        return _Transaction(self, durable, counted)
+
+    def _begin(self, durable: bool) -> list[tuple[str, tuple[Any, ...]]]:
+        """Returns the statements of this thread that joined."""
+        if durable:
+            self.db.execute("PRAGMA synchronous = FULL")
+        self.db.execute("BEGIN IMMEDIATE")
+        joining = self._joining.pop(threading.get_ident(), []) if self._joining else []
+        for statement, values in joining:
+            self.db.execute(statement, values)
+        return joining
+
+    def _commit(self, durable: bool, counted: bool) -> None:
+        if durable:  # a commit that changes nothing would sync nothing
+            self.db.execute("INSERT INTO meta VALUES ('fsyncs', 1) ON CONFLICT DO UPDATE SET value = value + 1")
+        self.db.execute("COMMIT")
+        self._durable = durable
+        self.changes += counted
+
+    def _roll_back(self, joining: list[tuple[str, tuple[Any, ...]]]) -> None:
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")
+        if joining:  # acknowledged already: they join the next one
+            self._joining[threading.get_ident()] = joining
+        self._settle(self._after_rollback)
 
     def make_durable(self) -> None:
         """Make all commits so far survive a power cut; free where they do already."""
         with self.lock:
             if not self._durable or self._joining:
+                self._join_all()
                 with self.transaction(durable=True):
-                    self.flush_joining()
+                    crash_point("durable-before-commit")
 
     def on_commit(self, act: Callable[[], None]) -> None:
         """Run ``act`` after the running transaction committed, still under the lock: files follow their rows."""
@@ -167,11 +178,14 @@ class Index:
 
     def flush_joining(self) -> None:
         with self.lock:
-            waiting = [item for items in self._joining.values() for item in items]
-            if waiting:
-                self._joining = {threading.get_ident(): waiting}
+            if self._joining:
+                self._join_all()
                 with self.transaction():
                     crash_point("unlinked-before-commit")
+
+    def _join_all(self) -> None:
+        """Let what waits in any thread join this one's next transaction."""
+        self._joining = {threading.get_ident(): [item for items in self._joining.values() for item in items]}
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database; what readers still hold stays."""
@@ -247,8 +261,12 @@ class Index:
         return row[0] if row else None
 
     def insert_name(self, parent: int, name: bytes, inode: int) -> None:
+        """Raises FileExistsError."""
         with self.transaction() as db:
-            db.execute("INSERT INTO name VALUES (?, ?, ?)", (parent, name, inode))
+            try:
+                db.execute("INSERT INTO name VALUES (?, ?, ?)", (parent, name, inode))
+            except sqlite3.IntegrityError:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
 
     def replace_name(self, parent: int, name: bytes, inode: int) -> None:
         with self.transaction() as db:
@@ -286,6 +304,12 @@ class Index:
             row = self.db.execute("SELECT value FROM xattr WHERE inode = ? AND name = ?", (inode, name)).fetchone()
         return row[0] if row else None
 
+    def has_privileges(self) -> bool:
+        """Whether any file has an attribute of security.*: the kernel asks for one before every write."""
+        with self.lock, translated():
+            row = self.db.execute("SELECT 1 FROM xattr WHERE substr(name, 1, 9) = x'73656375726974792e' LIMIT 1")
+            return row.fetchone() is not None
+
     def xattr_names(self, inode: int) -> list[bytes]:
         with self.lock, translated():
             return [row[0] for row in self.db.execute("SELECT name FROM xattr WHERE inode = ?", (inode,))]
@@ -297,6 +321,70 @@ class Index:
     def remove_xattr(self, inode: int, name: bytes) -> bool:
         with self.transaction() as db:
             return db.execute("DELETE FROM xattr WHERE inode = ? AND name = ?", (inode, name)).rowcount > 0
+
+
+class _Transaction:
+    """One transaction of an Index, from the lock to what follows the commit."""
+
+    __slots__ = ("_counted", "_durable", "_index", "_joining", "_outer")
+
+    def __init__(self, index: Index, durable: bool, counted: bool) -> None:
+        self._index = index
+        self._durable = durable
+        self._counted = counted
+        self._outer = False
+        self._joining: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __enter__(self) -> sqlite3.Connection:
+        index = self._index
+        index.lock.acquire()
+        try:
+            self._outer = not index.db.in_transaction
+            if self._outer:
+                self._joining = index._begin(self._durable)
+        except BaseException as error:
+            self._fail()
+            if isinstance(error, sqlite3.Error):
+                raise translate(error) from error
+            raise
+        return index.db
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if not self._outer:
+            self._index.lock.release()
+            if isinstance(error, sqlite3.Error):
+                raise translate(error) from error
+            return
+        if error is None:
+            try:
+                self._index._commit(self._durable, self._counted)
+            except sqlite3.Error as failure:
+                error = failure
+        if error is not None:
+            self._fail()
+            if isinstance(error, sqlite3.Error):
+                raise translate(error) from error
+            return
+        try:
+            if self._durable:
+                self._index.db.execute("PRAGMA synchronous = NORMAL")
+            crash_point("files-before-following")
+            self._index._settle(self._index._after_commit)
+        finally:
+            self._index.lock.release()
+
+    def _fail(self) -> None:
+        """Undo all of it and let go of the lock."""
+        try:
+            self._index._roll_back(self._joining)
+            if self._durable:
+                self._index.db.execute("PRAGMA synchronous = NORMAL")
+        except sqlite3.Error as error:
+            log.error("a transaction could not even be undone: %s", error)
+        finally:
+            self._index.lock.release()
 
 
 def read_only(path: Path) -> sqlite3.Connection:

@@ -19,7 +19,8 @@ PENDING, STORED, LOST = 0, 1, 2
 _TABLES = """
 -- Facts about the volume as a whole. Keys: 'uuid'; 'chunk_size' (bytes, fixed for life); 'node' (what holds the
 -- chunks: a URL, or 'embedded'); 'session' (boot id while mounted, '' after a clean end: tells a power cut from a
--- mere crash); 'saved' (1: unmounted cleanly and the last backup holds all of it); 'generation' (number of the next
+-- mere crash); 'doubted' (chunk files last changed before this moment, ns, prove themselves before use: set after a
+-- power cut); 'saved' (1: unmounted cleanly and the last backup holds all of it); 'generation' (number of the next
 -- backup); 'fsyncs' (a counter: SQLite syncs nothing when a commit changes nothing).
 CREATE TABLE meta (
     key   TEXT PRIMARY KEY,
@@ -49,6 +50,7 @@ CREATE TABLE xattr (
     inode INTEGER NOT NULL, name BLOB NOT NULL, value BLOB NOT NULL,
     PRIMARY KEY (inode, name)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX xattr_security ON xattr (inode) WHERE substr(name, 1, 9) = x'73656375726974792e';
 
 -- Immutable content. Same bytes, same row: dedup is the UNIQUE constraint.
 -- A pending chunk has a file among the sealed chunks and no link yet. filehash, key, counter_start and blocks (block

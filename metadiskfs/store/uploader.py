@@ -23,10 +23,13 @@ from metadiskfs.store.ports import Transfer
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+_PAUSE_SECONDS = 0.002
+"""Between two rounds: each takes the interpreter lock from the threads that serve the kernel."""
 _GATHER_SECONDS = 0.01
 """While plenty is in flight, results are gathered for so long before they are recorded in one transaction."""
 _QUEUED_AHEAD = 256
 """Rows of the queue read at a time."""
+_NO_BALANCE = errors.BalanceInsufficient.__name__
 _DOWN_AFTER = 4
 """Failures in a row, without a success between, after which the node counts as away."""
 
@@ -58,6 +61,7 @@ class Uploader:
         self._fresh: deque[tuple[int, bytes, int]] = deque()
         self._failed_in_a_row = 0
         self._paused_until = 0.0
+        self._away_pause = 0.0
         self._stop = False
         self._stored = 0
         self.last_error = ""
@@ -76,7 +80,8 @@ class Uploader:
 
     def wake(self) -> None:
         """There may be new pending chunks."""
-        self._wake.set()
+        if not self._wake.is_set():  # setting takes a lock, and writers come by often
+            self._wake.set()
 
     def retry_now(self) -> None:
         """Forget all pauses: somebody is waiting."""
@@ -113,7 +118,7 @@ class Uploader:
             with self._lock:
                 for chunk in waiting & self._failures.keys():
                     failure = self._failures[chunk]
-                    if not failure.transient or time.monotonic() >= until:
+                    if not failure.transient or failure.error.startswith(_NO_BALANCE) or time.monotonic() >= until:
                         raise _error_named(failure.error)
                 if time.monotonic() >= until:
                     raise errors.NodeUnreachable("the node did not acknowledge in time")
@@ -137,7 +142,7 @@ class Uploader:
 
     def on_result(self, result: UploadResult) -> None:
         self._results.append(result)
-        self._wake.set()
+        self.wake()
 
     def on_restart(self) -> None:
         """The process that had the jobs is gone: hand them out anew."""
@@ -152,15 +157,15 @@ class Uploader:
     def _run(self) -> None:
         while True:
             self._wake.wait(self._seconds_to_next())
+            if not self._stop:
+                time.sleep(_GATHER_SECONDS if len(self._in_flight) > self._limit // 2 else _PAUSE_SECONDS)
             self._wake.clear()
-            if len(self._in_flight) > self._limit // 2 and not self._stop:
-                time.sleep(_GATHER_SECONDS)
             try:
                 self._record()
                 if self._stop:
                     return
                 self._hand_out()
-            except MetadiskfsError as error:
+            except (MetadiskfsError, OSError) as error:
                 log.error("the upload queue stands still for a moment: %s", error)
                 time.sleep(1)
                 self._wake.set()
@@ -206,7 +211,7 @@ class Uploader:
         if self._failed_in_a_row:
             self._failed_in_a_row = 0
             if self._paused_until:  # it is back: what failed for its sake need not wait
-                self._paused_until = 0.0
+                self._paused_until = self._away_pause = 0.0
                 for number, failure in self._failures.items():
                     if failure.transient:
                         heapq.heappush(self._retries, (0.0, number))
@@ -226,11 +231,10 @@ class Uploader:
         )
         if transient:
             self._failed_in_a_row += 1
-            if self._failed_in_a_row >= _DOWN_AFTER:
-                steps = self._failed_in_a_row - _DOWN_AFTER
-                self._paused_until = time.monotonic() + max(
-                    min(_LONGEST_PAUSE, 2.0 ** min(steps, 10)), result.retry_after or 0
-                )
+            now = time.monotonic()
+            if self.is_node_away and now >= self._paused_until:  # not one of those that failed together with the last
+                self._away_pause = min(_LONGEST_PAUSE, 2 * self._away_pause or _FIRST_PAUSE)
+                self._paused_until = now + max(self._away_pause, min(result.retry_after or 0.0, 10 * _LONGEST_PAUSE))
 
     def _hand_out(self) -> None:
         while True:
