@@ -109,8 +109,8 @@ def _settings(arguments: argparse.Namespace, token: str) -> "NodeSettings":
         for name in ("threads", "client_uploads", "client_requests", "stall_timeout", "stop_timeout")
         if getattr(arguments, name) is not None
     }
-    if token:  # one user's own: a few threads, and no client to be protected from another
-        given = {"threads": 32, "client_uploads": 32, "client_requests": 32, "stop_timeout": 10} | given
+    if token:  # one user's own: few threads, and no client to be protected from another
+        given = {"threads": 32, "client_uploads": 4096, "client_requests": 4096, "stop_timeout": 10} | given
     if bool(arguments.tls_cert) != bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key go together")
     if min([arguments.workers, *given.values()]) <= 0:

@@ -31,6 +31,7 @@ from metadiskfs.node.spool import Spool, SpoolFolder, flocked
 log = logging.getLogger(__name__)
 
 _FACTS = "user.metadisk"  # "<unix seconds> <name>": short enough to lie in the inode on ext4
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # FAT, some network file systems
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSPC, errno.E2BIG)
 
 
@@ -127,6 +128,11 @@ class DiskEngine:
             except FileExistsError:
                 os.rename(spool.path, path)
                 new = False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                os.rename(spool.path, path)  # atomic as well, it only cannot tell whether someone was first
+                new = True
         _fsync_folder(path)
         return new
 

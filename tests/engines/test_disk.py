@@ -173,6 +173,21 @@ def test_facts_survive_where_there_are_attributes_and_are_not_missed_elsewhere(
     engine.close()
 
 
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = DiskEngine(tmp_path)
+    filehash, content = sample(1000)
+
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(disk.os, "link", refuse)
+    assert engine.put(filehash, content, FACTS) is True
+    assert engine.put(filehash, content, FACTS) is False
+    assert path_of(tmp_path, filehash).read_bytes() == content
+    assert [file.name for file in engine.spools.path.iterdir()] == ["lock"]
+    engine.close()
+
+
 def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = DiskEngine(tmp_path)
     filehash, content = sample(10)
