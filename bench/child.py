@@ -7,17 +7,12 @@ Prints one line of JSON as soon as the step ended, before anything else is tidie
 
 import json
 import os
-import resource
+import subprocess
 import sys
 from pathlib import Path
 
 from bench import workloads
 from bench.workloads import STEPS, Place, Sizes
-
-
-def _cpu() -> float:
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
 def main() -> None:
@@ -29,7 +24,6 @@ def main() -> None:
         request["seed"],
         tuple(request["done"]),
     )
-    before = _cpu()
     answer: dict[str, object] = {}
     if request["act"] == "run":
         timed = STEPS[request["step"]].run(place)
@@ -40,12 +34,13 @@ def main() -> None:
         check(place)
     else:
         workloads.discard(place)
-    os.write(1, json.dumps({**answer, "cpu": _cpu() - before}).encode() + b"\n")
+    cpu = workloads.cpu_marks[-1] - workloads.cpu_marks[0] if workloads.cpu_marks else 0.0
+    os.write(1, json.dumps({**answer, "cpu": cpu}).encode() + b"\n")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, workloads.Wrong, workloads.subprocess.CalledProcessError) as error:
+    except (OSError, workloads.Wrong, subprocess.CalledProcessError) as error:
         os.write(1, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
         sys.exit(1)

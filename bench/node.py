@@ -69,7 +69,7 @@ class Node(Server):
         port, limit = processes.free_port(), str(4 * _MANY)
         store = base / "store"
         store.mkdir()
-        command = [sys.executable, "-m", "metadiskfs", "node", "--listen", f"127.0.0.1:{port}", "--store", store]
+        command = [sys.executable, "-m", "metadiskfs", "node", "--listen", f"127.0.0.1:{port}", "--store", str(store)]
         limits = ["--client-uploads", limit, "--client-requests", limit, "--threads", "256", "--access-log", "off"]
         super().__init__("node", [*command, *limits], base, port)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)

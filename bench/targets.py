@@ -158,7 +158,7 @@ class Rclone(Target):
         served, control = self._ports
         quiet = {"RCLONE_CONFIG": "/dev/null"}
         if self._server is None:
-            serve = ["rclone", "serve", "webdav", self.store, "--addr", f"127.0.0.1:{served}"]
+            serve = ["rclone", "serve", "webdav", str(self.store), "--addr", f"127.0.0.1:{served}"]
             self._server = processes.start(serve, self.log, environment=quiet)
             wait_for(lambda: processes.answers(served), "rclone serve")
         remote = {
@@ -167,10 +167,10 @@ class Rclone(Target):
             "RCLONE_CONFIG_PEER_URL": f"http://127.0.0.1:{served}",
             "RCLONE_CONFIG_PEER_VENDOR": "other",
         }
-        options = ["--vfs-cache-mode", "full", "--vfs-write-back", "1ms", "--cache-dir", self._cache]
+        options = ["--vfs-cache-mode", "full", "--vfs-write-back", "1ms", "--cache-dir", str(self._cache)]
         options += ["--rc", "--rc-addr", f"127.0.0.1:{control}", "--rc-no-auth"]
         self._mount = processes.start(
-            ["rclone", "mount", "peer:", self.mountpoint, *options], self.log, environment=remote
+            ["rclone", "mount", "peer:", str(self.mountpoint), *options], self.log, environment=remote
         )
         wait_for(self._mounted, "rclone to mount")
         wait_for(lambda: processes.answers(control), "rclone's remote control")
@@ -301,7 +301,7 @@ class Metadiskfs(Target):
         wait_for(self._usable, f"{self.name} to mount; {self.log} may say why")
         status = self.ask("status")
         pids = {"mount": status["pid"], "transfer": status["transfer_pid"], "node": status["node_pid"]}
-        self._roots = {role: pid for role, pid in pids.items() if pid}
+        self._roots = {role: pid for role, pid in pids.items() if isinstance(pid, int)}
 
     def _usable(self) -> bool:
         if self._mount is not None and self._mount.poll() is not None:
