@@ -35,13 +35,15 @@ class Config:
     """What a command works with. Sizes in bytes, times in seconds.
 
     ``node`` is a URL, or "" for the embedded node. ``chunk_size`` counts when a volume is created; afterwards the
-    volume's own is used. ``sweep_below_size``: free disk space under which the embedded node is swept by itself.
+    volume's own is used. ``ca_file`` replaces the usual authorities for an https node. ``sweep_below_size``: free disk
+    space under which the embedded node is swept by itself.
     """
 
     node: str = ""
     volume: str = "default"
     cache_size: int = 10 << 30
     chunk_size: int = 4 << 20
+    ca_file: str = ""
     connect_timeout: float = 5.0
     read_timeout: float = 20.0
     read_deadline: float = 30.0

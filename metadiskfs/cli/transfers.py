@@ -161,7 +161,7 @@ def _whole_link(arguments: argparse.Namespace, node: dict[str, Any]) -> str:
     from metadiskfs.metadisk.files import upload_part
 
     config = replace(load_config(arguments), node="" if node["token"] else node["url"])
-    client = Client(node["url"], token=node["token"])
+    client = Client(node["url"], token=node["token"], ca_file=config.ca_file)
     with arguments.path.open("rb") as file, Progress(arguments.path.name) as progress, _published(config):
         size = os.fstat(file.fileno()).st_size
         show = functools.partial(_show_part, progress, 0, size)
@@ -192,7 +192,13 @@ def open_client(config: Config, *, url: str = "") -> Iterator["Client"]:
             node = EmbeddedNode(config.embedded_node_dir)
             node.start()
             url, token = node.url, node.token
-    client = Client(url, token=token, connect_timeout=config.connect_timeout, read_timeout=config.read_timeout)
+    client = Client(
+        url,
+        token=token,
+        connect_timeout=config.connect_timeout,
+        read_timeout=config.read_timeout,
+        ca_file=config.ca_file,
+    )
     try:
         yield client
     finally:

@@ -99,6 +99,7 @@ class TransferSettings(_Message):
 
     ``token`` is fixed for an embedded node, "" where the worker is to ask the node for one. Times in seconds;
     ``read_deadline`` bounds one fetch from its start to its first proven block, retries included.
+    ``ca_file``: whose certificates an https node may have, "" for the usual authorities.
     """
 
     url: str
@@ -106,3 +107,4 @@ class TransferSettings(_Message):
     connect_timeout: float = 5.0
     read_timeout: float = 20.0
     read_deadline: float = 30.0
+    ca_file: str = ""

@@ -119,6 +119,7 @@ def main(upload_fd: int, fetch_fd: int) -> None:
         token=settings.token,
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
+        ca_file=settings.ca_file,
     )
 
     def upload(message: bytes) -> None:
