@@ -5,6 +5,7 @@ class's public methods; a server database can take its place for nodes on severa
 """
 
 import contextlib
+import errno
 import secrets
 import sqlite3
 import string
@@ -150,14 +151,19 @@ class Accounts:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction. sqlite3's own errors end here as OSError: ENOSPC for a full disk, else EIO."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:  # a full disk has rolled it back already
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+                    raise OSError(errno.ENOSPC if full else errno.EIO, f"accounts: {error}") from error
                 raise
-            self._db.execute("COMMIT")
 
 
 def _add(db: sqlite3.Connection, token: str, amount: int) -> None:

@@ -31,6 +31,8 @@ class Traffic:
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
+        # Order: _flushing, then _lock. Requests take _lock alone, which is never held while anything is written.
+        self._flushing = threading.Lock()
         self._lock = threading.Lock()
         self._fresh: Counter[str] = Counter()
         self._stop = threading.Event()
@@ -60,9 +62,15 @@ class Traffic:
             self._fresh[name] += 1
 
     def totals(self) -> dict[str, int]:
-        """Everything counted so far, by all processes of the node; others' last seconds may be missing."""
-        self.flush()
-        return self._accounts.counters()
+        """Everything counted so far, by all processes of the node; others' last seconds may be missing.
+
+        Writes nothing, so that it can be asked on a full disk as well.
+        """
+        with self._flushing:  # or what is being written would be missing for a moment, and counters only grow
+            totals = Counter(self._accounts.counters())
+            with self._lock:
+                totals.update(self._fresh)
+        return totals
 
     def moved(self) -> tuple[Bytes, Bytes]:
         """Bytes of content in and out: in total, and in this month (UTC)."""
@@ -73,15 +81,25 @@ class Traffic:
         )
 
     def flush(self) -> None:
-        with self._lock:
-            fresh, self._fresh = self._fresh, Counter()
-        if fresh:
-            self._accounts.count(fresh)
+        """Write down what was counted since the last time. Raises OSError, and then has lost nothing."""
+        with self._flushing:
+            with self._lock:
+                fresh, self._fresh = self._fresh, Counter()
+            try:
+                if fresh:
+                    self._accounts.count(fresh)
+            except BaseException:
+                with self._lock:
+                    self._fresh.update(fresh)
+                raise
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(FLUSH_INTERVAL)
-        self.flush()
+        try:
+            self.flush()
+        except OSError as error:
+            log.error("the last traffic counters could not be written: %s", error)
 
     def _count_bytes(self, direction: str, size: int) -> None:
         with self._lock:
@@ -92,8 +110,8 @@ class Traffic:
         while not self._stop.wait(FLUSH_INTERVAL):
             try:
                 self.flush()
-            except Exception:  # a full disk must not end the counting for good
-                log.exception("the traffic counters could not be written")
+            except OSError as error:  # a full disk must not end the counting for good
+                log.error("the traffic counters could not be written: %s", error)
 
 
 def _month() -> str:

@@ -1,5 +1,6 @@
 """Tokens and balances: the routes, the prices, the promise that nothing is overdrawn."""
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ import requests
 
 from metadiskfs.errors import BalanceInsufficient, UsageError
 from metadiskfs.node.accounts import MAX_BYTES, Accounts, new_token
+from metadiskfs.node.traffic import Traffic
 from tests.node.node_process import RunningNode, StartNode, run_cli
 
 SECRET = "the-secret-of-the-house"
@@ -57,6 +59,23 @@ def test_no_balance_beyond_all_measure(accounts: Accounts) -> None:
     with pytest.raises(UsageError):
         accounts.deposit("t", 1)
     assert accounts.balance("t") == MAX_BYTES
+    accounts.close()
+
+
+def test_a_full_disk_loses_no_balance_and_no_count(accounts: Accounts) -> None:
+    accounts.deposit("t", 5)
+    traffic = Traffic(accounts)
+    traffic.received(7)
+    pages = accounts._db.execute("PRAGMA page_count").fetchone()[0]
+    accounts._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OSError, match="full") as caught:
+        accounts.count({f"name-{number}" * 100: 1 for number in range(100)})
+    assert caught.value.errno == errno.ENOSPC
+    assert accounts.balance("t") == 5
+    assert traffic.totals()["in"] == 7
+    accounts._db.execute("PRAGMA max_page_count = 1000000")
+    traffic.close()
+    assert accounts.counters()["in"] == 7
     accounts.close()
 
 
