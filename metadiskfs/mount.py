@@ -4,8 +4,10 @@ Up: lock -> index -> recovery -> node -> FUSE, and in its init the threads, the 
 Down, after the kernel let go: seal, stop the queues, transfer process, node, index, lock.
 """
 
+import contextlib
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from metadiskfs.config import Config
-from metadiskfs.control import ControlServer
+from metadiskfs.control import ControlServer, ask_once
+from metadiskfs.crash import crash_point
 from metadiskfs.embedded import EmbeddedNode, register_volume
-from metadiskfs.errors import MetadiskfsError, MountError, UsageError, WrongNode
+from metadiskfs.errors import MetadiskfsError, MountError, UsageError, VolumeBusy, WrongNode
 from metadiskfs.fs.links import links_of
 from metadiskfs.fs.operations import Operations
 from metadiskfs.fs.recovery import recover
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 _SYNC_SECONDS = 60.0
 _QUIET_SECONDS = 15.0
+_ENDING_SECONDS = 60.0
 _SAVE_SECONDS, _SAVE_AT_END_SECONDS = 300.0, 20.0
 
 
@@ -64,7 +68,8 @@ class MountedVolume:
         self.node_name = settle_node(self.index, config.node, moved=options.node_moved)
         self.cache = Cache(config.volume_dir, config.volume_cache_dir, limit=config.cache_size)
         self.cache.measure()
-        self._doubt_after_power_cut()
+        self.cache.before_eviction = self.index.make_durable
+        power_cut = self._doubt_after_power_cut()
         self.chunks = Chunks(self.index, self.cache)
         self.fetcher = Fetcher(self.chunks, self.cache, deadline=config.read_deadline)
         self.uploader = Uploader(self.chunks, self.cache)
@@ -80,6 +85,10 @@ class MountedVolume:
             atime=options.atime,
         )
         recover(self.volume)
+        if power_cut:
+            self._doubt()  # what recovery moved looks new
+        crash_point("recovered-before-session")
+        self._begin_session()
         with self.index.transaction(counted=False):
             self.index.set_meta("saved", 0)
         self.schedule = BackupSchedule(self.backups, self.uploader, config.backup_interval)
@@ -90,13 +99,25 @@ class MountedVolume:
         self._usage = (0, 0)
         self._usage_due = 0.0
 
-    def _doubt_after_power_cut(self) -> None:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        if self.index.meta("session") not in (None, "", boot):
-            log.warning("the last session ended with the machine: chunk files prove themselves before use")
-            self.cache.doubt_older_than(time.time_ns())
+    def _doubt_after_power_cut(self) -> bool:
+        """Whether the last session ended with the machine. Doubts outlive sessions, until each file was proven."""
+        known = int(self.index.meta("doubted") or 0)
+        if known:
+            self.cache.doubt_older_than(known)
+        if self.index.meta("session") in (None, "", _boot_id()):
+            return False
+        log.warning("the last session ended with the machine: chunk files prove themselves before use")
+        self._doubt()
+        return True
+
+    def _doubt(self) -> None:
+        moment = self.cache.doubt_older_than(time.time_ns())
+        with self.index.transaction(counted=False):
+            self.index.set_meta("doubted", moment)
+
+    def _begin_session(self) -> None:
         with self.index.transaction(durable=True, counted=False):
-            self.index.set_meta("session", boot)
+            self.index.set_meta("session", _boot_id())
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -293,6 +314,10 @@ class BackupSchedule:
             log.warning("the index could not be saved to the node, trying again later: %s", error)
 
 
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def settle_node(index: Index, asked: str, *, moved: bool = False) -> str:
     """The node that holds the volume's chunks: a URL or EMBEDDED. The first mount decides; ``moved`` corrects it.
 
@@ -316,13 +341,36 @@ def serve(config: Config, options: MountOptions, on_ready: Callable[[], None]) -
 
     Raises VolumeError and its kind, NodeUnreachable, MountError.
     """
-    with volume_lock(config.volume_dir):
+    _allow_open_files()
+    with _own_volume(config):
         mounted = MountedVolume(config, options)
         try:
             mounted.start_node()
             _serve_fuse(mounted, options, on_ready)
         finally:
             mounted.stop()
+
+
+def _allow_open_files() -> None:
+    """As many as we may have: every chunk that is read or written needs one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _own_volume(config: Config) -> contextlib.ExitStack:
+    """The volume's lock, waiting for a session that is just ending: it answers no more. Raises VolumeBusy."""
+    owned = contextlib.ExitStack()
+    until = time.monotonic() + _ENDING_SECONDS
+    while True:
+        try:
+            owned.enter_context(volume_lock(config.volume_dir, wait=0.2))
+            return owned
+        except VolumeBusy:
+            with contextlib.suppress(MountError):
+                ask_once(config.volume_dir, "mount")
+                raise
+            if time.monotonic() >= until:
+                raise
 
 
 def _serve_fuse(mounted: MountedVolume, options: MountOptions, on_ready: Callable[[], None]) -> None:

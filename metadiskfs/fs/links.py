@@ -46,7 +46,7 @@ def links_of(volume: Volume, inode: Inode) -> list[Link]:
 def _chunk_of_piece(volume: Volume, inode: Inode, handle: int, slot: int, length: int) -> int:
     """Make exactly these bytes of the file a chunk, and let the file keep it."""
     chunk_size, cache = volume.index.chunk_size, volume.cache
-    work = WorkFile(cache.new_work_path(inode.number, slot))
+    work = WorkFile(cache.new_work_path(0, slot))
     with cache.descriptors.borrow(work.path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
         done = 0
         while done < length:

@@ -3,18 +3,24 @@
 Every crash window ends here (docs/CRASH.md). Nothing else runs yet, so no locks are thought of.
 """
 
+import functools
 import itertools
 import logging
 import os
 import stat
 
+from metadiskfs.crash import crash_point
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.volume import Volume
+from metadiskfs.store.cache import digest_of
+from metadiskfs.store.chunks import Slot
 from metadiskfs.store.schema import LOST, ROOT, STORED
 
 log = logging.getLogger(__name__)
 
 LOST_AND_FOUND = b"lost+found"
+_NOBODY = 0
+"""Instead of an inode number in a work file's name: a copy that was under way."""
 
 
 def recover(volume: Volume) -> None:
@@ -22,10 +28,13 @@ def recover(volume: Volume) -> None:
     unlinked = volume.index.unlinked_inodes()
     for number in unlinked:
         volume.chunks.forget_inode(number)
+    crash_point("recovery-after-unlinked")
     _match_sealed(volume)
     _match_pending(volume)
-    _adopt_durable_work(volume)
-    _keep_other_work(volume, set(unlinked))
+    crash_point("recovery-after-chunks")
+    adopted = _adopt_durable_work(volume)
+    crash_point("recovery-after-adopting")
+    _keep_other_work(volume, set(unlinked), adopted)
 
 
 def _match_sealed(volume: Volume) -> None:
@@ -39,7 +48,9 @@ def _match_sealed(volume: Volume) -> None:
         cache.count(pending=size)
         if row.state == STORED:
             cache.stored(sha256, size)
-        elif row.state == LOST:
+            continue
+        cache.mark_volatile(sha256)  # the session that placed it may not have synced it
+        if row.state == LOST:
             chunks.mark_pending(row.id)
     cache.settle()
 
@@ -51,29 +62,30 @@ def _match_pending(volume: Volume) -> None:
     while batch := chunks.pending_after(last, 1000):
         for number, sha256, size in batch:
             last = number
-            if os.path.exists(cache.sealed_path(sha256)):
-                continue
-            if os.path.exists(cache.cached_path(sha256)):
-                os.rename(cache.cached_path(sha256), cache.sealed_path(sha256))
-                cache.count(pending=size, cached=-size)
-            else:
+            if not cache.take_back(sha256, size):
                 log.error("chunk %s waited for upload and its file is gone", sha256.hex())
                 chunks.mark_lost(number)
 
 
-def _adopt_durable_work(volume: Volume) -> None:
+def _adopt_durable_work(volume: Volume) -> dict[tuple[int, int], int]:
+    """Returns the serial number of the work file that was taken for each (inode, slot)."""
     by_inode: dict[int, dict[int, tuple[str, int]]] = {}
+    adopted: dict[tuple[int, int], int] = {}
     for number, slot, name, length in volume.chunks.durable_work():
         path = f"{volume.cache.work_dir}/{name}"
         if os.path.exists(path):
             by_inode.setdefault(number, {})[slot] = (path, length)
+            adopted[number, slot] = _parts(name)[2]
+        else:
+            volume.chunks.forget_work(number, slot)
     for number, work in by_inode.items():
         log.info("adopting what fsync made durable of inode %d", number)
         _seal_work(volume, volume.tree.inode(number), work)
+    return adopted
 
 
 def _seal_work(volume: Volume, inode: Inode, work: dict[int, tuple[str, int]]) -> None:
-    handle = volume.open(inode, os.O_RDWR)
+    handle = volume.open(inode, os.O_RDONLY)  # a read-only mount recovers as well
     try:
         content = volume.handle(handle).content
         assert content is not None
@@ -84,35 +96,54 @@ def _seal_work(volume: Volume, inode: Inode, work: dict[int, tuple[str, int]]) -
         volume.release(handle)
 
 
-def _keep_other_work(volume: Volume, unlinked: set[int]) -> None:
+def _keep_other_work(volume: Volume, unlinked: set[int], adopted: dict[tuple[int, int], int]) -> None:
     """Work files nobody vouched for: written, never closed. Their data is kept, in lost+found."""
-    cache = volume.cache
-    found: dict[int, dict[int, tuple[int, str]]] = {}
-    for name in cache.work_files():
-        path = f"{cache.work_dir}/{name}"
-        inode, slot, serial = (int(part) for part in name.split("-"))
-        if inode in unlinked or os.stat(path).st_size == 0:
+    work_dir = volume.cache.work_dir
+    newest: dict[int, dict[int, tuple[int, str]]] = {}
+    slots_of = functools.cache(volume.chunks.slots_of)
+    for name in volume.cache.work_files():
+        inode, slot, serial = _parts(name)
+        path = f"{work_dir}/{name}"
+        before = newest.get(inode, {}).get(slot, (adopted.get((inode, slot), -1), ""))
+        if inode == _NOBODY or inode in unlinked or serial < before[0] or _is_sealed(path, slots_of(inode).get(slot)):
             os.unlink(path)
             continue
-        best = found.setdefault(inode, {}).get(slot)
-        if best is None or serial > best[0]:
-            found[inode][slot] = (serial, path)
-            path = best[1] if best else ""
-        if path:
-            os.unlink(path)
-    for number, slots in found.items():
+        if before[1]:
+            os.unlink(before[1])
+        newest.setdefault(inode, {})[slot] = (serial, path)
+    for number, slots in newest.items():
         _keep(volume, number, {slot: path for slot, (_, path) in slots.items()})
+
+
+def _parts(name: str) -> tuple[int, int, int]:
+    """Inode, slot and serial number of a work file; a name that is none of ours counts as nobody's."""
+    try:
+        inode, slot, serial = (int(part) for part in name.split("-"))
+    except ValueError:
+        return _NOBODY, 0, 0
+    return inode, slot, serial
+
+
+def _is_sealed(path: str, held: Slot | None) -> bool:
+    """Whether its slot holds just this, the session having died between the seal's commit and its tidying up."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            return True
+        return held is not None and held.length == size and digest_of(file.fileno()).sha256 == held.sha256
 
 
 def _keep(volume: Volume, number: int, slots: dict[int, str]) -> None:
     known = [name for _, name in volume.index.names_of(number)]
     name = b"-".join([b"%d" % number, *known])[:200]
-    folder = _lost_and_found(volume)
-    name = _free_name(volume, folder, name)
-    owner = volume.tree.inode(number) if known else folder
-    kept = volume.tree.make(folder, name, stat.S_IFREG | 0o600, uid=owner.uid, gid=owner.gid)
-    log.warning("written but never closed: kept as %s/%s", LOST_AND_FOUND.decode(), os.fsdecode(name))
-    _seal_work(volume, kept, {slot: (path, os.stat(path).st_size) for slot, path in slots.items()})
+    with volume.index.transaction(durable=True):  # in one, or a crash leaves an empty file
+        folder = _lost_and_found(volume)
+        name = _free_name(volume, folder, name)
+        owner = volume.tree.inode(number) if known else folder
+        kept = volume.tree.make(folder, name, stat.S_IFREG | 0o600, uid=owner.uid, gid=owner.gid)
+        log.warning("written but never closed: kept as %s/%s", LOST_AND_FOUND.decode(), os.fsdecode(name))
+        _seal_work(volume, kept, {slot: (path, os.stat(path).st_size) for slot, path in slots.items()})
+        crash_point("recovery-before-kept")
 
 
 def _lost_and_found(volume: Volume) -> Inode:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,8 @@ class Chunks:
         self._index = index
         self._cache = cache
         self.generation: int = index.meta("generation")
+        self.on_revived: Callable[[int], None] = lambda _chunk: None
+        """Told of a lost chunk that waits for upload again, its number not being a new one."""
         with index.lock, translated():
             last = index.db.execute("SELECT coalesce(max(id), 0) FROM chunk").fetchone()[0]
         self._numbers = itertools.count(last + 1)
@@ -184,6 +186,7 @@ class Chunks:
             if state == LOST:  # the next write of the same content heals it
                 self._seal_file(work)
                 db.execute("UPDATE chunk SET state = ?, dead = NULL WHERE id = ?", (PENDING, chunk))
+                self._index.on_commit(lambda: self.on_revived(chunk))
             elif state == STORED:
                 db.execute("UPDATE chunk SET dead = NULL WHERE id = ?", (chunk,))
                 self._index.on_commit(lambda: cache.work_to_cache(work.path, digest.sha256, digest.size))

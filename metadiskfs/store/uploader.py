@@ -49,6 +49,7 @@ class Uploader:
 
     def __init__(self, chunks: Chunks, cache: Cache, *, in_flight_limit: int = 64) -> None:
         self._chunks = chunks
+        chunks.on_revived = self.requeue
         self._cache = cache
         self._limit = in_flight_limit
         self._lock = threading.Condition(threading.Lock())
