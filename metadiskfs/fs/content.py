@@ -333,9 +333,13 @@ class Content:
 
     def punch(self, offset: int, length: int) -> None:
         """Make a range read as zeros, freeing the slots it covers whole. The size stays."""
-        stop = min(offset + length, self.inode.size)
-        first_whole, last_whole = -(-offset // self._chunk_size), stop // self._chunk_size
         with self.lock:
+            stop = min(offset + length, self.inode.size)
+            if stop <= offset:
+                self._modified()
+                return
+            whole_end = -(-stop // self._chunk_size) if stop == self.inode.size else stop // self._chunk_size
+            first_whole, last_whole = -(-offset // self._chunk_size), whole_end
             for slot in [slot for slot in self._work if first_whole <= slot < last_whole]:
                 self._changed[slot] = None
                 self._drop_work(slot)
@@ -343,8 +347,10 @@ class Content:
                 self.inode.held -= self._slots.pop(slot).length
                 self._changed[slot] = None
             self._modified()
+            held = {*self._work, *self._slots}
         for start, end in self._partial_ranges(offset, stop, first_whole, last_whole):
-            self.write(memoryview(bytes(end - start)), start)
+            if start // self._chunk_size in held:
+                self.write(memoryview(bytes(end - start)), start)
 
     def _partial_ranges(self, offset: int, stop: int, first_whole: int, last_whole: int) -> Iterator[tuple[int, int]]:
         if first_whole > last_whole:  # within one slot

@@ -203,6 +203,8 @@ def test_fallocate(place: Path, users: dict[str, User]) -> None:
     assert path.read_bytes() == expected
     assert allocate("ZERO_RANGE | KEEP_SIZE", 0, 99 * CHUNK) is None
     assert path.read_bytes() == bytes(len(expected))
+    assert allocate("KEEP_SIZE | PUNCH_HOLE", 100 * CHUNK, CHUNK) is None
+    assert path.read_bytes() == bytes(len(expected))
     assert allocate("PUNCH_HOLE", 0, 1) == "ENOTSUP"
     assert allocate("0", 0, 0) == "EINVAL"
     assert allocate("0", -1, 1) == "EINVAL"
