@@ -35,7 +35,7 @@ class Config:
     """What a command works with. Sizes in bytes, times in seconds.
 
     ``node`` is a URL, or "" for the embedded node. ``chunk_size`` counts when a volume is created; afterwards the
-    volume's own is used. ``ca_file`` replaces the usual authorities for an https node. ``sweep_below_size``: free disk
+    volume's own is used. ``ca_file`` replaces the usual authorities of an https node. ``sweep_below_size``: free disk
     space under which the embedded node is swept by itself.
     """
 

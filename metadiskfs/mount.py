@@ -34,14 +34,13 @@ from metadiskfs.store.fetcher import Fetcher
 from metadiskfs.store.index import Index
 from metadiskfs.store.lock import volume_lock
 from metadiskfs.store.uploader import Uploader
+from metadiskfs.upkeep import SAVE_SECONDS, BackupSchedule, SpaceWatch
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 _SYNC_SECONDS = 60.0
-_QUIET_SECONDS = 15.0
 _ENDING_SECONDS = 60.0
-_SAVE_SECONDS, _SAVE_AT_END_SECONDS = 300.0, 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +126,8 @@ class MountedVolume:
             self.node = EmbeddedNode(self.config.embedded_node_dir, on_restart=self.uploader.retry_now)
             self.node.start()
             register_volume(self.config.embedded_node_dir, self.index.meta("uuid"), self.config.volume)
+            watch = SpaceWatch(self.config.embedded_node_dir, self.chunks, self.config.sweep_below_size)
+            self.volume.on_tick.append(watch.tick)
 
     @property
     def url(self) -> str:
@@ -140,6 +141,7 @@ class MountedVolume:
             self.config.connect_timeout,
             self.config.read_timeout,
             self.config.read_deadline,
+            self.config.ca_file,
         )
         self.transfer = Transfer(
             settings,
@@ -265,7 +267,7 @@ class MountedVolume:
     def _answer_backup(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What is in the backup must be on the node: seal and upload first."""
         yield from self._answer_sync({})
-        yield {"link": self.backups.save(timeout=_SAVE_SECONDS)}
+        yield {"link": self.backups.save(timeout=SAVE_SECONDS)}
 
     def _answer_heal(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         chunk = int(request["chunk"])
@@ -275,43 +277,6 @@ class MountedVolume:
 
     def _answer_purge(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"purged": purge_dead(self.index)}
-
-
-class BackupSchedule:
-    """When the index is saved by itself: after a burst of changes, at least every so often, and at the end."""
-
-    def __init__(self, backups: Backups, uploader: Uploader, interval: float) -> None:
-        """``interval``: seconds between two backups at most, while something changes."""
-        self._backups = backups
-        self._uploader = uploader
-        self._interval = interval
-        self._seen = -1
-        self._quiet_since = 0.0
-        self._retry_at = 0.0
-        self._thread: threading.Thread | None = None
-
-    def tick(self) -> None:
-        now = time.monotonic()
-        if self._backups.changes != self._seen:
-            self._seen, self._quiet_since = self._backups.changes, now
-        due = now - self._quiet_since > _QUIET_SECONDS or now - self._backups.saved_at > self._interval
-        idle = self._thread is None or not self._thread.is_alive()
-        if due and idle and now >= self._retry_at and self._backups.is_needed and not self._uploader.is_node_away:
-            self._retry_at = now + _QUIET_SECONDS
-            self._thread = threading.Thread(target=self._save, args=(_SAVE_SECONDS,), name="backup", daemon=True)
-            self._thread.start()
-
-    def save_at_end(self) -> None:
-        if self._thread is not None and self._thread.is_alive():
-            self._thread.join()
-        if self._backups.transfer is not None and self._backups.is_needed and not self._uploader.is_node_away:
-            self._save(_SAVE_AT_END_SECONDS)
-
-    def _save(self, timeout: float) -> None:
-        try:
-            self._backups.save(timeout=timeout)
-        except (MetadiskfsError, OSError) as error:
-            log.warning("the index could not be saved to the node, trying again later: %s", error)
 
 
 def _boot_id() -> str:

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "embedded": LEAVES,
     "mountpoint": LEAVES,
     # Composition.
-    "mount": {"control", "embedded", "mountpoint", "fs", "store", "metadisk"} | LEAVES,
+    "mount": {"control", "embedded", "mountpoint", "upkeep", "fs", "store", "metadisk"} | LEAVES,
+    "upkeep": {"store"} | LEAVES,
     "sweep": {"control", "embedded", "store", "node"} | LEAVES,
     "torture": {"control", "embedded", "mountpoint", "store"} | LEAVES,
     "cli": {

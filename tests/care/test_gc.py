@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable
 
-from tests.conftest import Mount, metadiskfs
+import pytest
+
+from tests.conftest import Mount, eventually, metadiskfs
 
 
 def objects(mount: Mount) -> int:
@@ -109,3 +111,15 @@ def test_content_written_again_after_a_sweep_is_uploaded_again(mount: Mount) -> 
     mount.clear_cache()
     mount.drop_kernel_caches()
     assert (mount / "f").read_bytes() == content
+
+
+def test_it_sweeps_by_itself_when_the_disk_gets_short(
+    make_mount: Callable[..., Mount], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METADISKFS_SWEEP_BELOW_SIZE", "1000T")
+    mount = make_mount()
+    mount.start()
+    (mount / "f").write_bytes(os.urandom(3_000_000))
+    mount.sync()
+    (mount / "f").unlink()
+    eventually(lambda: objects(mount) < 1_000_000, 40)
