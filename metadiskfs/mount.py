@@ -248,11 +248,12 @@ class MountedVolume:
         self.volume.seal_all()
         self.uploader.retry_now()
         while True:
+            before = self.uploader.progress
             chunks, size = self.chunks.pending_total()
             yield {"pending_chunks": chunks, "pending_bytes": size, **self.uploader.state()}
             if not chunks:
                 return
-            self.uploader.wait_progress(0.2)
+            self.uploader.wait_progress(0.2, since=before)
 
     def _answer_clear_cache(self, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"freed_bytes": self.cache.clear()}

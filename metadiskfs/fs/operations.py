@@ -16,6 +16,7 @@ import logging
 import os
 import stat
 import struct
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -98,6 +99,19 @@ def _pack_stat(
     )  # fmt: skip
 
 
+_thread = threading.local()
+
+
+def _keep_thread_state() -> None:
+    """Let this libfuse thread keep its Python thread state.
+
+    ctypes would make one for each callback and free it after: a tenth to a third of a callback's cost, measured
+    (docs/PERFORMANCE.md). The reference taken here is never given back; libfuse keeps its threads (max_idle_threads).
+    """
+    ctypes.pythonapi.PyGILState_Ensure()
+    _thread.is_kept = True
+
+
 class Operations(mfusepy.FUSE):  # type: ignore[misc]
     """Serves a volume at a mountpoint; the constructor returns when it is unmounted."""
 
@@ -133,6 +147,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def _wrapper(self, func: Callable[..., int | None], *args: Any) -> int:
         """Every callback's frame: an errno for every exception, EIO and a traceback for an unforeseen one."""
+        if not hasattr(_thread, "is_kept"):
+            _keep_thread_state()
         try:
             return func(*args) or 0
         except OSError as error:
@@ -153,9 +169,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         settings.hard_remove = 0
         settings.entry_timeout = settings.attr_timeout = settings.negative_timeout = _KEPT_SECONDS
         settings.kernel_cache = 0
-        connection.want &= (
-            ~_CAP_HANDLE_KILLPRIV
-        )  # the kernel knows the rules for suid and sgid, and the caller's rights
+        # For suid and sgid the kernel knows the rules, and the caller's rights.
+        connection.want &= ~_CAP_HANDLE_KILLPRIV
         connection.want &= ~_CAP_READDIRPLUS_AUTO  # plus on every request: ls and find want the attributes
         if self._writeback:
             connection.want |= _CAP_WRITEBACK_CACHE

@@ -53,6 +53,7 @@ _SLOWEST_NODE = 8 * 1024 * 1024
 """Bytes per second at which a node may hash, encrypt and sync an upload before it answers."""
 _BALANCE_ROUTE = "/accounts/token/balance/"
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "metadiskfs"}
+_OBJECT_HEADERS = {**_HEADERS, "Prefer": wire.UNPROVEN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class Client:
         for with_token in (self._downloads_cost, True):
             token = self._tokens.current() if with_token else ""
             query = f"?token={quote(token, safe='')}" if token else ""
-            response = self._send(method, route + query, {**_HEADERS, **(headers or {})})
+            response = self._send(method, route + query, {**_OBJECT_HEADERS, **(headers or {})})
             if response.status in (200, 206):
                 return response
             answer = self._answer(response)

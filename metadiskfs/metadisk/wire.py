@@ -28,6 +28,9 @@ BLOCK_SIZE = 128 * 1024
 """Bytes of plaintext under one block digest: the unit in which a part of a chunk can be proven."""
 BLOCK_DIGEST_SIZE = 16
 
+UNPROVEN = "unproven"
+"""Token of a Prefer header (RFC 7240): the client proves what it gets itself, the node need not read it all first."""
+
 TOKEN_ROUTE = "/accounts/token/new"
 UPLOAD_ROUTE = "/api/upload"
 DOWNLOAD_ROUTE = "/api/download/"

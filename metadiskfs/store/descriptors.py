@@ -1,6 +1,7 @@
 """Open files of the store, kept open for the next access, never more than a fixed number when idle."""
 
 import errno
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -35,12 +36,9 @@ class Descriptors:
 
     def borrow(self, path: str, flags: int = os.O_RDWR) -> OpenFile:
         """Open ``path`` or take its open descriptor. Raises OSError. A path is always opened with the same flags."""
-        with self._lock:
-            found = self._open.get(path)
-            if found is not None:
-                found.users += 1
-                self._open.move_to_end(path)
-                return found
+        found = self.borrow_open(path)
+        if found is not None:
+            return found
         opened = OpenFile(self, path, self._open_now(path, flags | os.O_CLOEXEC))
         with self._lock:
             if path in self._open:  # somebody was faster: ours serves this one use
@@ -51,6 +49,15 @@ class Descriptors:
         for fd in excess:
             os.close(fd)
         return opened
+
+    def borrow_open(self, path: str) -> OpenFile | None:
+        """Take the open descriptor of ``path`` if there is one."""
+        with self._lock:
+            found = self._open.get(path)
+            if found is not None:
+                found.users += 1
+                self._open.move_to_end(path)
+            return found
 
     def _open_now(self, path: str, flags: int) -> int:
         try:
@@ -89,11 +96,12 @@ class Descriptors:
             self.forget(path)
 
     def _trim(self, *, keep: int) -> list[int]:
-        excess = []
-        if len(self._open) > keep:
-            idle = [path for path, opened in self._open.items() if opened.users == 0]
-            for path in idle[: len(self._open) - keep]:
-                opened = self._open.pop(path)
-                opened.forgotten = True
-                excess.append(opened.fd)
-        return excess
+        """Take idle files out until ``keep`` are left, the longest unused first; returns what to close."""
+        surplus = len(self._open) - keep
+        if surplus <= 0:
+            return []
+        idle = list(itertools.islice((path for path, opened in self._open.items() if not opened.users), surplus))
+        taken = [self._open.pop(path) for path in idle]
+        for opened in taken:
+            opened.forgotten = True
+        return [opened.fd for opened in taken]

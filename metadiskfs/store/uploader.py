@@ -102,10 +102,15 @@ class Uploader:
         """Whether several uploads in a row failed for the node's sake."""
         return self._failed_in_a_row >= _DOWN_AFTER
 
-    def wait_progress(self, timeout: float) -> bool:
-        """Wait until another chunk is stored. False when none was within ``timeout`` seconds."""
+    @property
+    def progress(self) -> int:
+        """Counts chunks that were stored: to be taken before one looks what is pending, for wait_progress()."""
+        return self._stored
+
+    def wait_progress(self, timeout: float, *, since: int | None = None) -> bool:
+        """Wait until more is stored than ``since`` (None: now). False when ``timeout`` seconds were too short."""
         with self._lock:
-            before = self._stored
+            before = self._stored if since is None else since
             return self._lock.wait_for(lambda: self._stored > before, timeout)
 
     def wait_stored(self, chunks: set[int], timeout: float) -> None:
