@@ -5,6 +5,7 @@ Down, after the kernel let go: seal, stop the queues, transfer process, node, in
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import resource
@@ -39,6 +40,7 @@ from metadiskfs.upkeep import SAVE_SECONDS, BackupSchedule, SpaceWatch
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+_M_ARENA_MAX = -8  # malloc.h
 _SYNC_SECONDS = 60.0
 _ENDING_SECONDS = 60.0
 
@@ -308,6 +310,7 @@ def serve(config: Config, options: MountOptions, on_ready: Callable[[], None]) -
     Raises VolumeError and its kind, NodeUnreachable, MountError.
     """
     _allow_open_files()
+    _keep_memory_small()
     with _own_volume(config):
         mounted = MountedVolume(config, options)
         try:
@@ -321,6 +324,12 @@ def _allow_open_files() -> None:
     """As many as we may have: every chunk that is read or written needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _keep_memory_small() -> None:
+    """Let glibc keep two arenas, not one for each libfuse thread: each would hold on to what it once needed."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library manages without
+        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)
 
 
 def _own_volume(config: Config) -> contextlib.ExitStack:

@@ -13,11 +13,13 @@ class Inode:
     """Attributes of an inode, shared by all its handles and names; times in nanoseconds, sizes in bytes.
 
     mode, owner, nlink and times change under ``Index.lock``; size, held and the times of a file's content under its
-    content's lock. ``opens`` counts handles and is guarded by the volume's lock.
+    content's lock. ``opens`` counts handles and is guarded by the volume's lock; ``closed`` is when (monotonic clock)
+    the last one ended.
     """
 
     __slots__ = (
         "atime_ns",
+        "closed",
         "content",
         "ctime_ns",
         "gid",
@@ -49,6 +51,7 @@ class Inode:
             self.target,
         ) = row
         self.opens = 0
+        self.closed = 0.0
         self.content: Content | None = None
 
     def row(self) -> InodeRow:

@@ -5,9 +5,8 @@ drops rename's flags (RENAME_EXCHANGE then destroys a file and reports success),
 handles of chmod, chown, truncate and utimens; it turns unforeseen exceptions into EINVAL; it has no lseek and no
 copy_file_range; and its string paths and attribute dictionaries cost a quarter of a small operation's time.
 
-Callbacks come on several threads that libfuse made. libfuse answers an unlink of an open file, and a rename onto
-one, by first renaming it to ``.fuse_hidden*`` in its folder: such a name is never made in the volume. It is kept in
-``_hidden``, looked up first, never listed, and dropped with its unlink after the last close.
+Callbacks come on several threads that libfuse made. What libfuse does with open files that lose their name stands in
+hidden.py, what the kernel does with files of several names in aliases.py.
 """
 
 import ctypes
@@ -24,6 +23,7 @@ from typing import Any
 
 from metadiskfs.errors import MetadiskfsError, MountError
 from metadiskfs.fs.aliases import Aliases
+from metadiskfs.fs.hidden import HiddenFiles
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.links import links_of
 from metadiskfs.fs.tree import RENAME_EXCHANGE, XATTR_SIZE_MAX, posix_error
@@ -52,7 +52,6 @@ _CALLBACKS = (
     "removexattr", "opendir", "readdir", "releasedir", "fsyncdir", "init", "destroy", "create", "utimens",
     "fallocate", "copy_file_range", "lseek",
 )  # fmt: skip
-_HIDDEN = b".fuse_hidden"
 _FILL_DIR_PLUS = 2
 _READDIR_PLUS = 1
 _UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
@@ -134,7 +133,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._on_ready = on_ready
         self._statfs = statfs
         self._writeback = writeback
-        self._hidden: dict[bytes, Inode] = {}
+        self._hidden = HiddenFiles(volume)
         self._aliases = Aliases(self._invalidate)
         self._fuse: ctypes.c_void_p | None = None
         self._init_failure: Exception | None = None
@@ -188,10 +187,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
     # -- paths ----------------------------------------------------------------------------------------------------
 
     def _inode(self, path: bytes) -> Inode:
-        if self._hidden:
-            name = path.rpartition(b"/")[2]
-            if name.startswith(_HIDDEN) and (hidden := self._hidden.get(name)) is not None:
-                return hidden
+        if self._hidden and (hidden := self._hidden.get(path.rpartition(b"/")[2])) is not None:
+            return hidden
         inode = self._tree.resolve(path)
         if inode.nlink > 1 and not inode.is_directory:
             self._aliases.add(inode.number, path)
@@ -231,7 +228,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def _is_hidden(self, path: bytes | None, fip: Any) -> bool:
         known = self._volume.handle(fip.contents.fh).path if fip else path or b""
-        return known.rpartition(b"/")[2] in self._hidden
+        return self._hidden.get(known.rpartition(b"/")[2]) is not None
 
     def chmod_fuse_3(self, path: bytes | None, mode: int, fip: Any) -> None:
         self._writable()
@@ -310,9 +307,9 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def unlink(self, path: bytes) -> None:
         name = path.rpartition(b"/")[2]
-        if self._hidden and self._hidden.pop(name, None) is not None:
+        if self._hidden and self._hidden.drop(name):
             self._aliases.discard(path)
-            return  # released already: the handle's end freed the inode
+            return
         self._writable()
         parent, name = self._tree.resolve_parent(path)
         self._lost_name(self._tree.unlink(parent, name), path)
@@ -330,9 +327,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         parent, name = self._tree.resolve_parent(old)
         new_parent, new_name = self._tree.resolve_parent(new)
         inode = self._tree.child(parent.number, name)
-        if new_name.startswith(_HIDDEN) and inode.opens:
-            self._volume.unlink_open(parent, name)
-            self._hidden[new_name] = inode
+        if parent is new_parent and self._hidden.is_hiding(inode, new_name):
+            self._hidden.hide(inode, parent, name, new_name)
             self._moved(inode, old, new)
             self._changed(inode, None)
             return

@@ -269,6 +269,7 @@ class Volume:
             inode.opens -= 1
             if inode.opens:
                 return
+            inode.closed = time.monotonic()
             if inode.nlink and content is not None and content.is_dirty:
                 return  # could not be sealed: stays in memory and is tried again
             inode.content = None

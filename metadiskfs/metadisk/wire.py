@@ -16,8 +16,6 @@ import re
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
 from metadiskfs.errors import UsageError
 
 PASSPHRASE = b"Something old, something new."
@@ -84,6 +82,9 @@ def convergent_key(plaintext_sha256: bytes) -> bytes:
 
 def cipher_stream(key: bytes, *, offset: int = 0, counter_start: int = 0) -> CipherStream:
     """Open the stream at byte ``offset`` of the object. ``key`` has 32 bytes."""
+    # Imported at its first use: the mount itself hardly ever encrypts, and the library takes 10 MiB of it.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
     counter = (counter_start + offset // 16) % (1 << 128)
     stream = Cipher(algorithms.AES(key), modes.CTR(counter.to_bytes(16, "big"))).encryptor()
     if offset % 16:
