@@ -18,7 +18,7 @@ from tests.engines.s3_server import BUCKET
 from tests.node.node_process import RunningNode
 
 CLUSTER = os.environ.get("METADISKFS_CEPH", "")
-pytestmark = [pytest.mark.ceph, pytest.mark.skipif(not CLUSTER, reason="scripts/test-ceph runs these")]
+pytestmark = pytest.mark.ceph
 
 
 def ceph(*arguments: str) -> str:
