@@ -1,5 +1,6 @@
 """Several names of one file, and files without a name, on the disk first and then in the mount."""
 
+import contextlib
 import errno
 import itertools
 import mmap
@@ -345,9 +346,21 @@ def test_unlinked_files_are_gone_after_a_crash(make_mount: Callable[..., Mount])
     assert os.listdir(mount.volume_dir / "work") == []
 
 
+def test_a_file_unlinked_while_others_close_it_leaves_no_litter(place: Path, user: Callable[..., User]) -> None:
+    """libfuse counts a file as open a little longer than it lets us know."""
+    workers = [user() for _ in range(4)]
+    for worker in workers:
+        worker.start(place, "[opened('f', os.O_RDWR | os.O_CREAT) for n in range(300)] and 'ok'")
+    for _ in range(300):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(place / "f")
+    assert [worker.finish() for worker in workers] == ["ok"] * 4
+    assert [name for name in os.listdir(place) if name != "f"] == []
+
+
 def test_names_like_libfuses_own_are_ordinary(place: Path) -> None:
     """A file called .fuse_hidden... by its user is listed like any other."""
-    name = ".fuse_hidden0000001200000001"
+    name = ".fuse_hidden00000012fffffff1"  # libfuse's own are numbered from 1 on
     (place / name).write_bytes(b"mine")
     assert os.listdir(place) == [name]
     os.rename(place / name, place / "other")
