@@ -364,6 +364,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def readdir_fuse_3(self, path: bytes | None, buf: Any, filler: Any, offset: int, fip: Any, flags: int) -> None:
         listing = self._volume.listing(fip.contents.fh)
+        if offset == 0:
+            listing.restart()
         buffer = mfusepy.c_stat()
         view = _StatBuffer.from_buffer(buffer)
         pointer = ctypes.pointer(buffer)

@@ -79,6 +79,12 @@ class Listing:
             row = self._rows.get(position)
         return row
 
+    def restart(self) -> None:
+        """rewinddir(3): the names that are there now."""
+        self._names.clear()
+        self._rows.clear()
+        self._complete = False
+
     def _load(self, position: int) -> None:
         self._rows.clear()
         if position < len(self._names):  # went back: the same names again, with what they stand for now
