@@ -50,18 +50,29 @@ def raise_read_ahead(device: int) -> None:
 def prepare_mountpoint(mountpoint: Path) -> None:
     """Make a missing mountpoint; detach one that a dead mount left behind. Raises MountError."""
     try:
-        os.stat(mountpoint)
-    except FileNotFoundError:
-        mountpoint.mkdir(parents=True)
+        if is_dead(mountpoint):
+            log.warning("%s belongs to a mount that died: detaching it", mountpoint)
+            detach(mountpoint, lazy=True)
+        mountpoint.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise MountError(f"{mountpoint} is not a directory") from None
     except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise MountError(f"{mountpoint}: {error.strerror}") from error
-        log.warning("%s belongs to a mount that died: detaching it", mountpoint)
-        detach(mountpoint, lazy=True)
-    if not mountpoint.is_dir():
-        raise MountError(f"{mountpoint} is not a directory")
+        raise MountError(f"{mountpoint}: {error.strerror}") from error
     if os.path.ismount(mountpoint):
         raise MountError(f"something is mounted at {mountpoint} already")
+
+
+def is_dead(mountpoint: Path) -> bool:
+    """Whether a mount is there whose process has gone. stat would be answered from what the kernel remembers."""
+    try:
+        os.statvfs(mountpoint)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return True
+    return False
 
 
 def detach(mountpoint: Path, *, lazy: bool = False) -> None:

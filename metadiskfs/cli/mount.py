@@ -136,14 +136,14 @@ def _start_daemon(argv: list[str], config: Config, mountpoint: Path) -> int:
 
 
 def run_unmount(arguments: argparse.Namespace) -> int:
-    from metadiskfs.mountpoint import detach
+    from metadiskfs.mountpoint import detach, is_dead
     from metadiskfs.store.lock import volume_lock
 
     mountpoint = real(arguments.mountpoint)
     try:
         folder = find_mounts(arguments)[0]
     except MountError:
-        if not _is_dead(mountpoint):
+        if not is_dead(mountpoint):
             raise
         detach(mountpoint, lazy=True)
         return 0
@@ -158,11 +158,3 @@ def run_unmount(arguments: argparse.Namespace) -> int:
         while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
             time.sleep(0.01)
     return 0
-
-
-def _is_dead(mountpoint: Path) -> bool:
-    try:
-        mountpoint.stat()
-    except OSError as error:
-        return error.errno == 107  # ENOTCONN: its process has gone
-    return False

@@ -25,16 +25,26 @@ _NOBODY = 0
 
 def recover(volume: Volume) -> None:
     """Heal what a crash or power cut left; adopt what fsync vouched for, keep the rest in lost+found."""
-    unlinked = volume.index.unlinked_inodes()
-    for number in unlinked:
-        volume.chunks.forget_inode(number)
+    _forget_unlinked(volume)
     crash_point("recovery-after-unlinked")
     _match_sealed(volume)
     _match_pending(volume)
     crash_point("recovery-after-chunks")
     adopted = _adopt_durable_work(volume)
     crash_point("recovery-after-adopting")
-    _keep_other_work(volume, set(unlinked), adopted)
+    _keep_other_work(volume, adopted)
+
+
+def _forget_unlinked(volume: Volume) -> None:
+    """Deleted while open. The files go first: without the row nobody would know that they may."""
+    unlinked = set(volume.index.unlinked_inodes())
+    if unlinked:
+        for name in volume.cache.work_files():
+            if _parts(name)[0] in unlinked:
+                os.unlink(f"{volume.cache.work_dir}/{name}")
+        crash_point("recovery-before-unlinked")
+    for number in unlinked:
+        volume.chunks.forget_inode(number)
 
 
 def _match_sealed(volume: Volume) -> None:
@@ -96,7 +106,7 @@ def _seal_work(volume: Volume, inode: Inode, work: dict[int, tuple[str, int]]) -
         volume.release(handle)
 
 
-def _keep_other_work(volume: Volume, unlinked: set[int], adopted: dict[tuple[int, int], int]) -> None:
+def _keep_other_work(volume: Volume, adopted: dict[tuple[int, int], int]) -> None:
     """Work files nobody vouched for: written, never closed. Their data is kept, in lost+found."""
     work_dir = volume.cache.work_dir
     newest: dict[int, dict[int, tuple[int, str]]] = {}
@@ -105,7 +115,7 @@ def _keep_other_work(volume: Volume, unlinked: set[int], adopted: dict[tuple[int
         inode, slot, serial = _parts(name)
         path = f"{work_dir}/{name}"
         before = newest.get(inode, {}).get(slot, (adopted.get((inode, slot), -1), ""))
-        if inode == _NOBODY or inode in unlinked or serial < before[0] or _is_sealed(path, slots_of(inode).get(slot)):
+        if inode == _NOBODY or serial < before[0] or _is_sealed(path, slots_of(inode).get(slot)):
             os.unlink(path)
             continue
         if before[1]:

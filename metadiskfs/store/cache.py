@@ -392,7 +392,6 @@ class Cache:
         self.settle()
         with self._evict_lock:
             self.before_eviction()
-            crash_point("evict-before-unlink")
             while freed < size:
                 sample = self._sample()
                 if not sample:
@@ -436,6 +435,7 @@ class Cache:
 
     def _evict_one(self, path: str) -> int:
         self.descriptors.forget(path)
+        crash_point("evict-before-unlink")
         try:
             size = os.stat(path).st_size
             os.unlink(path)

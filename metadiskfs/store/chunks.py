@@ -340,6 +340,7 @@ class Chunks:
                 ).fetchone()
                 if row is not None:
                     moved.append(row)
+            crash_point("stored-before-row")
         crash_point("stored-before-move")
         for sha256, size in moved:
             self._cache.stored(sha256, size)
@@ -388,6 +389,7 @@ class Chunks:
                 db.execute("UPDATE chunk SET state = ? WHERE id = ?", (STORED, chunk))
                 return "stored"
             if self._cache.take_back(row.sha256, row.size):
+                crash_point("taken-back-before-row")
                 db.execute("UPDATE chunk SET state = ? WHERE id = ?", (PENDING, chunk))
                 return "pending"
             db.execute("UPDATE chunk SET state = ? WHERE id = ?", (LOST, chunk))

@@ -126,9 +126,17 @@ class Index:
         if durable:
             self.db.execute("PRAGMA synchronous = FULL")
         self.db.execute("BEGIN IMMEDIATE")
-        joining = self._joining.pop(threading.get_ident(), []) if self._joining else []
-        for statement, values in joining:
-            self.db.execute(statement, values)
+        if not self._joining:
+            return []
+        joining = self._joining.pop(threading.get_ident(), [])
+        try:
+            for statement, values in joining:
+                self.db.execute(statement, values)
+        except sqlite3.Error:
+            self._joining[threading.get_ident()] = joining
+            raise
+        if joining:
+            crash_point("joined-before-commit")
         return joining
 
     def _commit(self, durable: bool, counted: bool) -> None:
@@ -181,7 +189,7 @@ class Index:
             if self._joining:
                 self._join_all()
                 with self.transaction():
-                    crash_point("unlinked-before-commit")
+                    log.debug("committing names that went by themselves")
 
     def _join_all(self) -> None:
         """Let what waits in any thread join this one's next transaction."""
@@ -370,7 +378,8 @@ class _Transaction:
         try:
             if self._durable:
                 self._index.db.execute("PRAGMA synchronous = NORMAL")
-            crash_point("files-before-following")
+            if self._index._after_commit:
+                crash_point("files-before-following")
             self._index._settle(self._index._after_commit)
         finally:
             self._index.lock.release()
