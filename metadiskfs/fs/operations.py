@@ -336,16 +336,14 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._tree.rename(parent, name, new_parent, new_name, flags)
         if inode is replaced:
             return  # two names of one file: nothing happened
+        for changed in (inode, replaced):
+            if changed is not None:
+                self._changed(changed, None)  # by the old names, which libfuse knows until this returns
         if flags & RENAME_EXCHANGE:
             self._aliases.exchanged(old, new)
             self._volume.paths_exchanged(old, new)
-            if replaced is not None:
-                self._changed(replaced, None)
         else:
             self._moved(inode, old, new)
-            if replaced is not None:
-                self._changed(replaced, None)
-        self._changed(inode, None)
 
     def _moved(self, inode: Inode, old: bytes, new: bytes) -> None:
         self._aliases.renamed(old, new, folder=inode.is_directory)

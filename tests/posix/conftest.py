@@ -4,7 +4,6 @@ The disk is the reference: whatever runs on ``place`` runs there first, so that 
 """
 
 import contextlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -17,8 +16,6 @@ import pytest
 
 from tests.conftest import PROJECT, Mount
 from tests.posix.users import ANNA, BEN, CARL, STAFF, User
-
-_serial = itertools.count()
 
 
 class SharedMount(Mount):
@@ -71,8 +68,7 @@ def disk(open_folder: Path) -> Path:
 
 
 def fresh_folder(parent: Path) -> Path:
-    folder = parent / f"t{next(_serial)}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="t", dir=parent))
     folder.chmod(0o755)
     return folder
 
