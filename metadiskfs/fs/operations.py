@@ -55,7 +55,7 @@ _CALLBACKS = (
 _FILL_DIR_PLUS = 2
 _READDIR_PLUS = 1
 _UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
-_CAP_HANDLE_KILLPRIV = 1 << 20
+_CAP_HANDLE_KILLPRIV, _CAP_HANDLE_KILLPRIV_V2 = 1 << 20, 1 << 21
 _CAP_WRITEBACK_CACHE = 1 << 16
 _CAP_READDIRPLUS_AUTO = 1 << 14
 _SEEK_DATA, _SEEK_HOLE = 3, 4
@@ -168,8 +168,9 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         settings.hard_remove = 0
         settings.entry_timeout = settings.attr_timeout = settings.negative_timeout = _KEPT_SECONDS
         settings.kernel_cache = 0
-        # For suid and sgid the kernel knows the rules, and the caller's rights.
-        connection.want &= ~_CAP_HANDLE_KILLPRIV
+        # For suid and sgid the kernel knows the rules, and the caller's rights. Which writes must clear them it would
+        # tell us as well (FUSE_WRITE_KILL_SUIDGID), but that does not come through this interface.
+        connection.want &= ~(_CAP_HANDLE_KILLPRIV | _CAP_HANDLE_KILLPRIV_V2)
         connection.want &= ~_CAP_READDIRPLUS_AUTO  # plus on every request: ls and find want the attributes
         if self._writeback:
             connection.want |= _CAP_WRITEBACK_CACHE
