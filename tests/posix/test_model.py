@@ -373,3 +373,20 @@ def run(folder: Path, examples: int) -> None:
 
 def test_the_volume_agrees_with_a_dictionary(tmp_path: Path) -> None:
     run(tmp_path, int(os.environ.get("METADISKFS_EXAMPLES") or 30))
+
+
+def test_a_punched_chunk_stays_away_after_a_remount(tmp_path: Path) -> None:
+    """Its row must go with the commit, not only its place in memory."""
+    driver = VolumeDriver(tmp_path)
+    try:
+        driver.write("/f", b"x" * (3 * CHUNK))
+        driver.remount()
+        handle = driver.volume.open(driver.volume.tree.resolve(b"/f"), os.O_RDWR)
+        driver.volume.fallocate(handle, 1 | 2, CHUNK, CHUNK)
+        driver.volume.flush(handle)
+        driver.volume.release(handle)
+        driver.remount()
+        assert driver.read("/f") == b"x" * CHUNK + bytes(CHUNK) + b"x" * CHUNK
+        assert driver.stat("/f").st_blocks == 2 * CHUNK // 512
+    finally:
+        driver.close()

@@ -156,6 +156,15 @@ def test_capabilities_are_kept_and_lost_with_a_write(file: Path) -> None:
         assert "security.capability" not in os.listxattr(file)
 
 
+def test_suid_is_lost_to_a_truncating_open(place: Path, users: dict[str, User]) -> None:
+    """By somebody who may not keep it: root does."""
+    for user, mode in (("carl", 0o777), ("root", 0o6777)):
+        (place / user).write_bytes(b"content")
+        (place / user).chmod(0o6777)
+        assert users[user].do(place, f"opened('{user}', os.O_WRONLY | os.O_TRUNC)") == "ok"
+        assert (place / user).stat().st_mode & 0o7777 == mode
+
+
 def test_capabilities_are_lost_to_a_truncating_open(file: Path, users: dict[str, User]) -> None:
     os.setxattr(file, "security.capability", b"\x01\0\0\x02\x00\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0")
     assert users["carl"].do(file.parent, "opened('f', os.O_WRONLY | os.O_TRUNC)") == "ok"
