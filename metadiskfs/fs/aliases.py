@@ -53,13 +53,19 @@ class Aliases:
             if not self._paths[number]:
                 del self._paths[number]
 
-    def changed(self, number: int, path: bytes | None) -> None:
-        """An inode changed through ``path``: let the kernel forget what it keeps under the inode's other names."""
+    def changed(self, number: int, path: bytes | None, *, is_open: bool) -> None:
+        """An inode changed through ``path``: let the kernel forget what it keeps under the inode's other names.
+
+        ``is_open``: somebody has it open, so a request under way may hold its pages. Otherwise it is told at once.
+        """
         if number not in self._paths:
             return
         with self._lock:
             others = [other for other in self._paths.get(number, ()) if other != path]
-        if others:
+        if not is_open:
+            for other in others:
+                self._invalidate(other)
+        elif others:
             wait([self._pool.submit(self._invalidate, other) for other in others], timeout=_PATIENCE)
 
     def renamed(self, old: bytes, new: bytes, *, folder: bool) -> None:

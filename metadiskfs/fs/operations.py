@@ -208,7 +208,8 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
     def _changed(self, inode: Inode, path: bytes | None, fip: Any = None) -> None:
         """Tell the kernel of a change that reached it through one of several names: each is an inode of its own."""
         if self._aliases:
-            self._aliases.changed(inode.number, self._volume.handle(fip.contents.fh).path if fip else path)
+            by = self._volume.handle(fip.contents.fh).path if fip else path
+            self._aliases.changed(inode.number, by, is_open=inode.opens > 0)
 
     def _caller(self) -> tuple[int, int]:
         context = mfusepy._libfuse.fuse_get_context().contents
