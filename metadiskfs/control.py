@@ -95,6 +95,22 @@ def _send_error(stream: Any, kind: str, message: str) -> None:
         _send(stream, {"error": kind, "message": message})
 
 
+@contextlib.contextmanager
+def _lines(connection: socket.socket, request: dict[str, Any]) -> Iterator[Iterator[bytes]]:
+    """Send a request; the whole lines of its answer. One that dies over it just ends."""
+
+    def received() -> Iterator[bytes]:
+        with contextlib.suppress(ConnectionResetError):
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield line
+
+    with connection.makefile("rwb") as stream:
+        with contextlib.suppress(BrokenPipeError):
+            _send(stream, request)
+        yield received()
+
+
 def ask(folder: Path, op: str, **values: Any) -> Iterator[dict[str, Any]]:
     """Send one request to the mount of the volume in ``folder``; yields its answers.
 
@@ -106,9 +122,8 @@ def ask(folder: Path, op: str, **values: Any) -> Iterator[dict[str, Any]]:
                 connection.connect(address)
         except OSError as error:
             raise MountError("the volume is not mounted") from error
-        with connection.makefile("rwb") as stream:
-            _send(stream, {"op": op, **values})
-            for line in stream:
+        with _lines(connection, {"op": op, **values}) as lines:
+            for line in lines:
                 answer = json.loads(line)
                 if "error" in answer:
                     kind = getattr(errors, answer["error"], MetadiskfsError)

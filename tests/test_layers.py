@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "mount": {"control", "embedded", "mountpoint", "upkeep", "fs", "store", "metadisk"} | LEAVES,
     "upkeep": {"store"} | LEAVES,
     "sweep": {"control", "embedded", "store", "node"} | LEAVES,
-    "torture": {"control", "embedded", "mountpoint", "store"} | LEAVES,
+    "torture": {"torture", "control", "embedded", "mountpoint", "store"} | LEAVES,
     "cli": {
         "cli",
         "control",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metadiskfs import __version__
-from metadiskfs.cli import care, look, mount, node, transfers
+from metadiskfs.cli import care, look, mount, node, torture, transfers
 from metadiskfs.errors import MetadiskfsError
 
 Commands = Any  # argparse's own type for add_subparsers() is private
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="metadiskfs", description="The MetaDisk network as a directory.")
     parser.add_argument("--version", action="version", version=f"metadiskfs {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (mount, look, transfers, care, node):
+    for module in (mount, look, transfers, care, node, torture):
         module.register(commands)
     return parser
 

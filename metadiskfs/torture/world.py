@@ -1,0 +1,147 @@
+"""The scratch world of a torture run: a home of its own, a mount in it, and ways to hurt its processes."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from metadiskfs import control
+from metadiskfs.errors import MetadiskfsError, MountError
+
+_COMMAND_SECONDS = 120.0
+_END_SECONDS = 20.0
+_PACKAGE = Path(__file__).parents[2]
+
+
+class TortureFailed(MetadiskfsError):
+    """The run cannot go on: what went wrong is the last difference."""
+
+
+class World:
+    """Everything lies below ``folder``; nothing of the user's is touched."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="metadiskfs-torture-"))
+        self.mountpoint = self.folder / "mountpoint"
+        self.home = self.folder / "home"
+        self.home.mkdir()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "METADISKFS_"))}
+        path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH", ""))))
+        self._environment = {**kept, "HOME": str(self.home), "PYTHONPATH": path}
+        self.volume_dir = self.home / ".local/share/metadiskfs/volumes/default"
+        self.cache_dir = self.home / ".cache/metadiskfs/volumes/default"
+        self._pids: dict[str, int] = {}
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command as a user would give it. Raises TortureFailed when it hangs."""
+        try:
+            return subprocess.run(
+                [sys.executable, "-P", "-m", "metadiskfs", *arguments],
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TortureFailed(f"metadiskfs {' '.join(arguments)} hangs") from error
+
+    def mount(self) -> None:
+        """Raises TortureFailed where it does not come up: no manual step may be needed, ever."""
+        done = self.run("mount", str(self.mountpoint), "--chunk-size", "64K", "--cache-size", "256M")
+        if done.returncode:
+            raise TortureFailed(f"the mount does not come up: {done.stderr.strip()}")
+        status = control.ask_once(self.volume_dir, "status")
+        self._pids = {name: int(status[f"{name}_pid"]) for name in ("transfer", "node")} | {"mount": status["pid"]}
+
+    def verify(self) -> list[str]:
+        """What ``metadiskfs verify`` finds."""
+        done = self.run("verify", str(self.mountpoint), "--json")
+        try:
+            findings: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
+        except ValueError:
+            return [f"verify: {done.stderr.strip()}"]
+        return [f"verify: {one['kind']}: {one['message']} {one['path']}".strip() for one in findings]
+
+    def ask(self, op: str) -> None:
+        """A request to the mount. Raises MountError when it dies over it."""
+        for _ in control.ask(self.volume_dir, op):
+            pass
+
+    def unmount(self) -> None:
+        """A plain unmount, as another program would do it, and wait for the end."""
+        subprocess.run(["fusermount3", "-u", "-z", str(self.mountpoint)], capture_output=True, check=False)
+        self.wait_for_end()
+
+    # -- processes ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_alive(self) -> bool:
+        return _is_running(self._pids["mount"])
+
+    def pid_of(self, name: str) -> int:
+        """'mount', 'transfer', 'node', or 'worker' (of the node), as of now; 0 where there is none."""
+        if name == "mount":
+            return self._pids["mount"]
+        with contextlib.suppress(MountError):
+            status = control.ask_once(self.volume_dir, "status")
+            self._pids |= {part: int(status[f"{part}_pid"] or 0) for part in ("transfer", "node")}
+        if name == "worker":
+            return next(iter(_children(self._pids["node"])), 0)
+        return self._pids[name]
+
+    def signal(self, name: str, number: int = signal.SIGKILL) -> None:
+        pid = self.pid_of(name)
+        if pid > 1:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait_for_end(self) -> list[str]:
+        """After the mount's end: all its processes must follow. Returns differences, and kills what is left."""
+        until = time.monotonic() + _END_SECONDS
+        while strays := [name for name, pid in self._pids.items() if _is_running(pid)]:
+            if time.monotonic() > until:
+                for name in strays:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(self._pids[name], signal.SIGKILL)
+                return [f"the {name} process did not end" for name in strays]
+            time.sleep(0.01)
+        return []
+
+    def leftovers(self) -> list[str]:
+        """Work files and downloads that lie about though nothing is open."""
+        places = (self.volume_dir / "work", self.cache_dir / "part")
+        return [f"left over: {path.name}" for place in places for path in place.iterdir()]
+
+    def log(self) -> str:
+        path = self.home / ".local/state/metadiskfs/default.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def close(self, *, keep: bool) -> None:
+        if self._pids:
+            self.unmount()
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return pid > 0 and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
