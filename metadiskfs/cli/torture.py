@@ -51,8 +51,8 @@ def _show(report: "Report") -> None:
 
 
 def _print_report(report: "Report") -> None:
-    kinds = ", ".join(f"{name} {count}" for name, count in report.by_kind.most_common())
-    kills = ", ".join(f"{name} {count}" for name, count in report.kills.most_common())
+    kinds = ", ".join(f"{name} {count}" for name, count in report.by_kind.items())
+    kills = ", ".join(f"{name} {count}" for name, count in report.kills.items())
     print(f"{'seed':>12}  {report.seed}")
     print(f"{'time':>12}  {report.seconds:.0f} s, {report.rounds} rounds")
     print(f"{'operations':>12}  {report.operations}: {kinds}")

@@ -192,7 +192,9 @@ def _as_found(root: Path, found: dict[str, os.stat_result], names: Names) -> Nam
             settled[path] = Symlink(os.readlink(root / path))
         else:
             before = names.get(path)
-            file = by_number.setdefault(status.st_ino, before if isinstance(before, File) else File())
+            if not isinstance(before, File) or before in by_number.values():
+                before = File()
+            file = by_number.setdefault(status.st_ino, before)
             file.now = (root / path).read_bytes()
             file.promised()
             settled[path] = file

@@ -134,9 +134,10 @@ class Player:
         before = file.now.ljust(offset, b"\0")
         content = before[:offset] + data + before[offset + len(data) :]
         file.expect(content)
-        written = os.pwrite(handle.fd, data, offset) if not handle.append else os.write(handle.fd, data)
-        if written != len(data):
-            raise Difference(f"a write of {len(data)} bytes took {written}")
+        done = 0
+        while done < len(data):  # a mount that dies over it takes a part first, and fails with the next
+            rest = data[done:]
+            done += os.write(handle.fd, rest) if handle.append else os.pwrite(handle.fd, rest, offset + done)
         file.changed(content)
         if len(file.states) > _STATES_MAX:
             self._sync_handle(handle)

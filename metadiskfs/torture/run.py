@@ -6,7 +6,6 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -31,8 +30,8 @@ class Report:
     seconds: float = 0.0
     rounds: int = 0
     operations: int = 0
-    by_kind: Counter[str] = field(default_factory=Counter)
-    kills: Counter[str] = field(default_factory=Counter)
+    by_kind: dict[str, int] = field(default_factory=dict)
+    kills: dict[str, int] = field(default_factory=dict)
     compared_files: int = 0
     differences: list[str] = field(default_factory=list)
     folder: str = ""
@@ -86,7 +85,7 @@ class Torture:
         while not died and (hurt.is_alive() or time.monotonic() < until):
             died = not self._act()
         hurt.join()
-        self.report.kills[what] += 1
+        self.report.kills[what] = self.report.kills.get(what, 0) + 1
         if what in _FATAL:
             self._come_back(what)
         elif not died:
@@ -178,7 +177,7 @@ class Torture:
 
     def _count_files(self) -> None:
         self.report.compared_files += len(self._model.files())
-        self.report.by_kind = self._player.counts
+        self.report.by_kind = dict(self._player.counts.most_common())
 
     def _clear_cache(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A short run of the random test; scripts/torture runs the long one. And the model it rests on: it must not be blind."""
+"""A short run of the random test; scripts/torture runs the long one. And the model it rests on must not be blind."""
 
 import json
 import os
