@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 UPLOAD_THREADS = 4
 FETCH_THREADS = 6
-NICENESS = 5
+NICENESS = 10
 """The mount answers somebody who waits, the uploads do not."""
 
 
