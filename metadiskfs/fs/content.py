@@ -6,10 +6,8 @@ and whoever writes into its slot meanwhile gets a copy. Nobody waits for the net
 is fetched first, then everything is looked at again.
 """
 
-import contextlib
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -17,65 +15,13 @@ from dataclasses import dataclass
 
 from metadiskfs.crash import crash_point
 from metadiskfs.fs.inode import Inode
-from metadiskfs.store.cache import Cache, Digest, copy_range, digest_of, fsync_folder
+from metadiskfs.fs.work import Hasher, WorkFile
+from metadiskfs.store.cache import Cache, Digest, copy_range, fsync_folder
 from metadiskfs.store.chunks import Chunks, ContentChange, SealedWork, Slot
 from metadiskfs.store.fetcher import Fetcher
 from metadiskfs.store.index import Index
 
 log = logging.getLogger(__name__)
-
-
-class WorkFile:
-    """The mutable file of one slot, guarded by the content's lock.
-
-    ``version`` grows before and after each change, so that a hash taken across one never passes for the present.
-    """
-
-    __slots__ = ("digest", "durable", "frozen", "length", "path", "version")
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.length = 0
-        self.version = 0
-        self.frozen = False
-        self.durable = False
-        self.digest: tuple[int, Digest] | None = None
-
-
-class Hasher:
-    """Hashes work files that were written to their end, so that closing a large file has little left to do."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self._queue: queue.SimpleQueue[WorkFile | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="hasher", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-
-    def submit(self, work: WorkFile) -> None:
-        self._queue.put(work)
-
-    def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            with contextlib.suppress(FileNotFoundError):  # sealed or dropped meanwhile
-                self.hash(work)
-
-    def hash(self, work: WorkFile) -> Digest:
-        """The digest of a work file, remembered for the version that was read."""
-        known = work.digest
-        if known is not None and known[0] == work.version:
-            return known[1]
-        version = work.version
-        with self._cache.descriptors.borrow(work.path) as fd:
-            digest = digest_of(fd)
-        work.digest = (version, digest)
-        return digest
 
 
 @dataclass(frozen=True, slots=True)

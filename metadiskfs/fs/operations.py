@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import stat
-import struct
 import threading
 import time
 import types
@@ -26,6 +25,7 @@ from metadiskfs.fs.aliases import Aliases
 from metadiskfs.fs.hidden import HiddenFiles
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.links import links_of
+from metadiskfs.fs.stat_layout import BLOCK_SIZE, StatLayout
 from metadiskfs.fs.tree import RENAME_EXCHANGE, XATTR_SIZE_MAX, posix_error
 from metadiskfs.fs.volume import Volume
 
@@ -61,43 +61,10 @@ _CAP_READDIRPLUS_AUTO = 1 << 14
 _SEEK_DATA, _SEEK_HOLE = 3, 4
 _KEPT_SECONDS = 3600.0
 _ONE_ID = 0xFFFFFFFF
-_BLOCK = 4096
 _THREADS = 16
 
 
-_STAT_FIELDS = (
-    "st_dev", "st_ino", "st_nlink", "st_mode", "st_uid", "st_gid", "st_rdev", "st_size", "st_blksize", "st_blocks",
-    "st_atimespec", "st_mtimespec", "st_ctimespec",
-)  # fmt: skip
-_MODE_FIRST = mfusepy.c_stat.st_mode.offset < mfusepy.c_stat.st_nlink.offset
-
-
-def _stat_packer() -> struct.Struct:
-    """A struct that writes a whole ``struct stat`` at once, after the binding's own layout of this platform."""
-    fields = sorted((getattr(mfusepy.c_stat, name) for name in _STAT_FIELDS), key=lambda field: field.offset)
-    layout, position = "=", 0
-    for field in fields:
-        layout += f"{field.offset - position}x" + {4: "I", 8: "q", 16: "qq"}[field.size]
-        position = field.offset + field.size
-    return struct.Struct(f"{layout}{ctypes.sizeof(mfusepy.c_stat) - position}x")
-
-
-_STAT = _stat_packer()
-_STAT_SIZE = ctypes.sizeof(mfusepy.c_stat)
-_StatBuffer = ctypes.c_char * _STAT_SIZE
-
-
-def _pack_stat(
-    target: Any, number: int, mode: int, uid: int, gid: int, nlink: int, size: int, held: int, rdev: int,
-    atime_ns: int, mtime_ns: int, ctime_ns: int,
-) -> None:  # fmt: skip
-    one, two = (mode, nlink) if _MODE_FIRST else (nlink, mode)
-    _STAT.pack_into(
-        target, 0, 0, number, one, two, uid, gid, rdev, size, _BLOCK, -(-held // 512),
-        *divmod(atime_ns, 10**9), *divmod(mtime_ns, 10**9), *divmod(ctime_ns, 10**9),
-    )  # fmt: skip
-
-
+_stat = StatLayout(mfusepy.c_stat)
 _thread = threading.local()
 
 
@@ -226,7 +193,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         attributes = _attributes(inode)
         if inode.nlink and self._hidden and self._is_hidden(path, fip):
             attributes = (*attributes[:4], inode.nlink + 1, *attributes[5:])  # libfuse takes one off
-        _pack_stat(_StatBuffer.from_address(ctypes.addressof(buf.contents)), *attributes)
+        _stat.pack(_stat.Buffer.from_address(ctypes.addressof(buf.contents)), *attributes)
 
     def _is_hidden(self, path: bytes | None, fip: Any) -> bool:
         known = self._volume.handle(fip.contents.fh).path if fip else path or b""
@@ -258,9 +225,9 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
     def statfs(self, path: bytes, buf: Any) -> None:
         total, free, files = self._statfs()
         values = buf.contents
-        values.f_bsize = values.f_frsize = _BLOCK
-        values.f_blocks = total // _BLOCK
-        values.f_bfree = values.f_bavail = free // _BLOCK
+        values.f_bsize = values.f_frsize = BLOCK_SIZE
+        values.f_blocks = total // BLOCK_SIZE
+        values.f_bfree = values.f_bavail = free // BLOCK_SIZE
         values.f_files = files + 2**32
         values.f_ffree = values.f_favail = 2**32
         values.f_namemax = 255
@@ -367,7 +334,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         if offset == 0:
             listing.restart()
         buffer = mfusepy.c_stat()
-        view = _StatBuffer.from_buffer(buffer)
+        view = _stat.Buffer.from_buffer(buffer)
         pointer = ctypes.pointer(buffer)
         plus = _FILL_DIR_PLUS if flags & _READDIR_PLUS else 0
         position = offset
@@ -375,7 +342,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
             if position < 2:
                 directory = listing.directory
                 name: bytes = (b".", b"..")[position]
-                _pack_stat(view, *(_attributes(directory)))
+                _stat.pack(view, *(_attributes(directory)))
                 full = filler(buf, name, pointer, position + 1, 0)
             else:
                 entry = listing.entry(position - 2)
@@ -386,7 +353,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
                     continue
                 inode = self._tree.in_memory(entry[1])
                 attributes = entry[1:12] if inode is None else _attributes(inode)
-                _pack_stat(view, *attributes)
+                _stat.pack(view, *attributes)
                 known = (
                     plus if attributes[4] == 1 or stat.S_ISDIR(attributes[1]) else 0
                 )  # else it must come to _inode

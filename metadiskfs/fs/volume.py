@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from metadiskfs.errors import CacheFull, MetadiskfsError
-from metadiskfs.fs.content import Content, Hasher, Store
+from metadiskfs.fs.content import Content, Store
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.readahead import FileReader, ReadAhead
 from metadiskfs.fs.tree import Tree, posix_error
+from metadiskfs.fs.work import Hasher
 from metadiskfs.store.cache import Cache
 from metadiskfs.store.chunks import Chunks
 from metadiskfs.store.fetcher import Fetcher
