@@ -1,9 +1,9 @@
 """The transfer process: ``python -m metadiskfs.metadisk.worker UPLOAD_FD FETCH_FD``.
 
 A process of its own because threads of the mount would halve its rate of creating files (docs/ARCHITECTURE.md). It
-holds no state worth saving. Each thread waits in recv() on its socket, does one job at a time and sends the result back;
-the kernel hands each job to one waiting thread. It ends when the other end of either socket is closed: the mount is
-gone or wants no more.
+holds no state worth saving. Each thread waits in recv() on its socket, does one job at a time and sends the result
+back; the kernel hands each job to one waiting thread. It ends when the other end of either socket is closed: the
+mount is gone or wants no more.
 """
 
 import errno
