@@ -95,20 +95,18 @@ def _send_error(stream: Any, kind: str, message: str) -> None:
         _send(stream, {"error": kind, "message": message})
 
 
-@contextlib.contextmanager
-def _lines(connection: socket.socket, request: dict[str, Any]) -> Iterator[Iterator[bytes]]:
+def _lines(connection: socket.socket, request: dict[str, Any]) -> Iterator[bytes]:
     """Send a request; the whole lines of its answer. One that dies over it just ends."""
 
     def received() -> Iterator[bytes]:
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError), connection.makefile("rb") as stream:
             for line in stream:
                 if line.endswith(b"\n"):
                     yield line
 
-    with connection.makefile("rwb") as stream:
-        with contextlib.suppress(BrokenPipeError):
-            _send(stream, request)
-        yield received()
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(json.dumps(request).encode() + b"\n")
+    return received()
 
 
 def ask(folder: Path, op: str, **values: Any) -> Iterator[dict[str, Any]]:
@@ -122,15 +120,14 @@ def ask(folder: Path, op: str, **values: Any) -> Iterator[dict[str, Any]]:
                 connection.connect(address)
         except OSError as error:
             raise MountError("the volume is not mounted") from error
-        with _lines(connection, {"op": op, **values}) as lines:
-            for line in lines:
-                answer = json.loads(line)
-                if "error" in answer:
-                    kind = getattr(errors, answer["error"], MetadiskfsError)
-                    raise kind(answer["message"])
-                if answer.get("done"):
-                    return
-                yield answer
+        for line in _lines(connection, {"op": op, **values}):
+            answer = json.loads(line)
+            if "error" in answer:
+                kind = getattr(errors, answer["error"], MetadiskfsError)
+                raise kind(answer["message"])
+            if answer.get("done"):
+                return
+            yield answer
     raise MountError("the mount ended while answering")
 
 

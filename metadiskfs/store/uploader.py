@@ -88,7 +88,8 @@ class Uploader:
         """Forget all pauses: somebody is waiting."""
         with self._lock:
             self._paused_until = 0.0
-            self._retries = [(0.0, chunk) for chunk in self._failures]
+            waiting = {chunk for _, chunk in self._retries} | self._failures.keys()
+            self._retries = [(0.0, chunk) for chunk in sorted(waiting)]
         self._wake.set()
 
     def requeue(self, chunk: int) -> None:
@@ -196,10 +197,10 @@ class Uploader:
             return
         try:
             self._chunks.mark_stored(receipts)
+            dropped = {result.id for result in settled if result.error and not self._chunks.pending_of(result.id)}
         except MetadiskfsError:
             self._results.extendleft(reversed(settled))  # the node has them, the index must learn it
             raise
-        dropped = {result.id for result in settled if result.error and not self._chunks.pending_of(result.id)}
         with self._lock:
             for result in settled:
                 self._in_flight.pop(result.id, None)
@@ -249,13 +250,17 @@ class Uploader:
                 if room <= 0 or time.monotonic() < self._paused_until:
                     return
                 due = self._due(room)
-            entries = [entry for chunk in due if (entry := self._entry(chunk))]
-            entries += self._take_fresh(room - len(due))
+            try:
+                entries = [entry for chunk in due if (entry := self._entry(chunk))]
+                entries += self._take_fresh(room - len(due))
+            except MetadiskfsError:
+                self._offer_later(due)
+                raise
             if not due and not entries:
                 return
             for position, entry in enumerate(entries):
                 if not self._offer(*entry):
-                    self._offer_later(entries[position:])
+                    self._offer_later([chunk for chunk, _, _ in entries[position:]])
                     return
 
     def _take_fresh(self, count: int) -> list[tuple[int, bytes, int]]:
@@ -279,11 +284,11 @@ class Uploader:
             self._in_flight.pop(chunk, None)
         return False
 
-    def _offer_later(self, entries: list[tuple[int, bytes, int]]) -> None:
+    def _offer_later(self, chunks: list[int]) -> None:
         """The transfer process has no room, or is being started: keep the order, try again in a moment."""
         due = time.monotonic() + 0.05
         with self._lock:
-            for chunk, _, _ in entries:
+            for chunk in chunks:
                 heapq.heappush(self._retries, (due, chunk))
 
     def _due(self, room: int) -> list[int]:

@@ -23,9 +23,21 @@ class File:
     def __init__(self, content: bytes = b"") -> None:
         self.now = content
         self.states = [content]
+        self._write: tuple[bytes, int, bytes] | None = None
+
+    def write_begins(self, offset: int, data: bytes) -> None:
+        """A write is under way: the kernel hands it on in pieces, so that a part of it may be all there is."""
+        before = self.now.ljust(offset, b"\0")
+        self._write = (before, offset, data)
+        self.expect(_overwritten(before, offset, data))
+
+    def write_ended(self) -> None:
+        before, offset, data = self._write or (self.now, 0, b"")
+        self.changed(_overwritten(before, offset, data))
 
     def changed(self, content: bytes) -> None:
         self.now = content
+        self._write = None
         if content != self.states[-1]:
             self.states.append(content)
 
@@ -36,14 +48,23 @@ class File:
 
     def promised(self) -> None:
         self.states = [self.now]
+        self._write = None
 
     def accepts(self, content: bytes) -> bool:
         """Whether this may be found after a crash."""
-        if content in self.states:
+        if content in self.states or self._is_part_of_write(content):
             return True
         if len(content) not in {len(state) for state in self.states}:
             return False
         return all(self._piece_accepted(content, start) for start in range(0, len(content), _STRIDE))
+
+    def _is_part_of_write(self, content: bytes) -> bool:
+        if self._write is None:
+            return False
+        before, offset, data = self._write
+        pairs = zip(content[offset:], data, strict=False)
+        taken = next((place for place, (one, two) in enumerate(pairs) if one != two), len(data))
+        return content == _overwritten(before, offset, data[: min(taken, max(0, len(content) - offset))])
 
     def _piece_accepted(self, content: bytes, start: int) -> bool:
         piece = content[start : start + _STRIDE]
@@ -51,6 +72,10 @@ class File:
         if piece in pieces:
             return True
         return all(any(place < len(one) and one[place] == byte for one in pieces) for place, byte in enumerate(piece))
+
+
+def _overwritten(before: bytes, offset: int, data: bytes) -> bytes:
+    return before[:offset] + data + before[offset + len(data) :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,14 +131,12 @@ class Player:
     def _write_to(self, handle: Handle) -> None:
         file, data = handle.file, self._bytes()
         offset = len(file.now) if handle.append else self._dice.randint(0, min(len(file.now) + 1000, _FILE_MAX))
-        before = file.now.ljust(offset, b"\0")
-        content = before[:offset] + data + before[offset + len(data) :]
-        file.expect(content)
+        file.write_begins(offset, data)
         done = 0
         while done < len(data):  # a mount that dies over it takes a part first, and fails with the next
             rest = data[done:]
             done += os.write(handle.fd, rest) if handle.append else os.pwrite(handle.fd, rest, offset + done)
-        file.changed(content)
+        file.write_ended()
         if len(file.states) > _STATES_MAX:
             self._sync_handle(handle)
 

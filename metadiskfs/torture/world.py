@@ -96,7 +96,7 @@ class World:
             status = control.ask_once(self.volume_dir, "status")
             self._pids |= {part: int(status[f"{part}_pid"] or 0) for part in ("transfer", "node")}
         if name == "worker":
-            return next(iter(_children(self._pids["node"])), 0)
+            return next(iter(children_of(self._pids["node"])), 0)
         return self._pids[name]
 
     def signal(self, name: str, number: int = signal.SIGKILL) -> None:
@@ -140,7 +140,8 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """The processes a process started, as far as they live."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):

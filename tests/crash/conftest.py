@@ -129,9 +129,10 @@ def node() -> Iterator[BadNode]:
 
 
 @pytest.fixture
-def empty_bench(node: BadNode, make_mount: Callable[..., Mount]) -> Bench:
+def empty_bench(node: BadNode, make_mount: Callable[..., Mount]) -> Iterator[Bench]:
     """Not mounted yet, nothing in it."""
-    return Bench(make_mount("--chunk-size", "64K", "--node", node.url), node)
+    yield Bench(make_mount("--chunk-size", "64K", "--node", node.url), node)
+    node.heal()  # or the end of the mount tries for long to save its index
 
 
 @pytest.fixture

@@ -37,6 +37,16 @@ def test_an_open_file_may_be_as_promised_or_as_written_since_or_a_mixture() -> N
     assert not file.accepts(b"a" * 9_999 + b"c")
 
 
+def test_a_write_cut_off_may_have_been_taken_in_part() -> None:
+    file = File(b"old content")
+    file.write_begins(4, b"CONTENT, longer")
+    assert file.accepts(b"old content")
+    assert file.accepts(b"old CONTent")
+    assert file.accepts(b"old CONTENT, lo")
+    assert not file.accepts(b"old CONT")
+    assert not file.accepts(b"old CONTENT, lx")
+
+
 def test_every_kind_of_difference_is_seen(tmp_path: Path) -> None:
     shared = File(b"shared")
     model = Model(
