@@ -134,7 +134,9 @@ CHECKS = (
         "chunk-size",
         "a chunk larger than the volume's chunks are",
         "SELECT 0, id FROM chunk WHERE size NOT BETWEEN 0 AND (SELECT value FROM meta WHERE key = 'chunk_size')",
-        "UPDATE chunk SET state = 2 WHERE id = ?",
+        # What its slots say is the best guess: where it is wrong the chunk does not prove, and is never read wrongly.
+        "UPDATE chunk SET size = min((SELECT value FROM meta WHERE key = 'chunk_size'),"
+        " (SELECT coalesce(max(length), 0) FROM slot WHERE slot.chunk = chunk.id)) WHERE id = ?",
     ),
     Check(
         "held",
@@ -184,6 +186,7 @@ class Paths:
     def of(self, inode: int) -> str:
         """A path of the inode, "" where none leads there."""
         if not self._built:
+            self._db.execute("DROP TABLE IF EXISTS temp.place")  # of an earlier look: names may have been mended
             self._db.execute("CREATE TEMP TABLE place AS SELECT inode, parent, name FROM name")
             self._db.execute("CREATE INDEX temp.place_inode ON place (inode)")
             self._built = True

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from metadiskfs.store.fsck import CHECKS
+from metadiskfs.store.fsck import CHECKS, check_index
 from tests.conftest import Mount, metadiskfs
 
 DAMAGE = {
@@ -62,18 +62,26 @@ def test_every_check_has_its_damage() -> None:
 
 
 def test_each_damage_of_the_index_is_found_and_mended(unmounted: Mount) -> None:
-    assert verify(unmounted)[0] == 0
     index = unmounted.volume_dir / "index.db"
     good = index.read_bytes()
     for kind, statement in DAMAGE.items():
         index.write_bytes(good)
         damage(unmounted, statement)
-        code, report = verify(unmounted)
-        assert code == 9, kind
-        assert kind in kinds(report), kind
-        verify(unmounted, "--repair")
-        again = verify(unmounted)[1]
-        assert not kinds(again) & DAMAGE.keys(), (kind, again)
+        with contextlib.closing(sqlite3.connect(index, isolation_level=None)) as db:
+            assert kind in {finding.kind for finding in check_index(db)}, kind
+            for _ in range(3):  # mending one thing may bring another to light
+                list(check_index(db, repair=True))
+            assert not list(check_index(db)), kind
+
+
+def test_the_command_finds_mends_and_tells(unmounted: Mount) -> None:
+    assert verify(unmounted)[0] == 0
+    damage(unmounted, DAMAGE["link-count"])
+    code, report = verify(unmounted)
+    assert (code, kinds(report)) == (9, {"link-count"})
+    assert report["findings"][0]["path"] == "/f"
+    assert verify(unmounted, "--repair")[0] == 0
+    assert verify(unmounted) == (0, {"chunks_checked": 3, "ok": True, "findings": []})
 
 
 def test_an_object_the_node_lost_is_found_by_path_and_healed_from_the_cache(mount: Mount) -> None:
