@@ -348,6 +348,7 @@ class Volume:
                 cache.make_room(size)
                 return
             except CacheFull:
+                self.seal_all()  # what open files hold can be uploaded, and then evicted
                 if not self.uploader.wait_progress(_PROGRESS_PATIENCE):
                     raise
 

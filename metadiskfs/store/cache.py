@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 HASH_BUFFER = 1 << 20
 _EVICT_SAMPLE = 64
+_DISK_RESERVE = 4 << 20
+"""Bytes of the disk that content leaves free."""
 _PLACES_KEPT = 1024
 _FANOUT = [f"{n:02x}" for n in range(256)]
 _CHUNK_NAME = re.compile("[0-9a-f]{64}")
@@ -111,6 +113,8 @@ class Cache:
         """Held by work files and sealed chunks: cannot be freed before an upload."""
         self.cached_bytes = 0
         """Held by stored chunks: can be fetched again."""
+        self._disk_budget = 0
+        """Bytes that may be added before the disk is looked at again."""
         self._evict_lock = threading.Lock()
         self.before_eviction: Callable[[], None] = lambda: None
         """Makes the index durable: what goes must not be 'pending' again after a power cut."""
@@ -159,11 +163,26 @@ class Cache:
 
     def make_room(self, size: int) -> None:
         """See to it that ``size`` more bytes stay within the limit, evicting stored chunks. Raises CacheFull."""
-        if self.pending_bytes + self.cached_bytes + size <= self.limit:
-            return
-        if self.pending_bytes + size > self.limit:
-            raise CacheFull(f"the cache limit of {self.limit} bytes is reached by data that waits for upload")
-        self.evict(self.pending_bytes + self.cached_bytes + size - self.limit + self.limit // 32)
+        if self.pending_bytes + self.cached_bytes + size > self.limit:
+            if self.pending_bytes + size > self.limit:
+                raise CacheFull(f"the cache limit of {self.limit} bytes is reached by data that waits for upload")
+            self.evict(self.pending_bytes + self.cached_bytes + size - self.limit + self.limit // 32)
+        self._disk_budget -= size
+        if self._disk_budget < 0:
+            self._look_at_disk(size)
+
+    def _look_at_disk(self, size: int) -> None:
+        """Leave the index some room: without any, nothing could be deleted or noted as stored. Raises CacheFull."""
+        free = self._free_on_disk()
+        if free < size + _DISK_RESERVE and self.evict(size + _DISK_RESERVE - free):
+            free = self._free_on_disk()
+        if free < size + _DISK_RESERVE:
+            raise CacheFull("the disk under the volume is full")
+        self._disk_budget = (free - size - _DISK_RESERVE) // 2
+
+    def _free_on_disk(self) -> int:
+        found = os.statvfs(self.work_dir)
+        return found.f_bavail * found.f_frsize
 
     # -- chunk files ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,31 @@ class TortureFailed(MetadiskfsError):
     """The run cannot go on: what went wrong is the last difference."""
 
 
+class Process:
+    """One process by a descriptor of it: a signal never reaches another that was given its number since."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._fd = -1
+
+    @property
+    def is_running(self) -> bool:
+        return self._fd >= 0 and not select.select([self._fd], [], [], 0)[0]
+
+    def signal(self, number: int) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, number)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class World:
     """Everything lies below ``folder``; nothing of the user's is touched."""
 
@@ -37,7 +63,7 @@ class World:
         self._environment = {**kept, "HOME": str(self.home), "PYTHONPATH": path}
         self.volume_dir = self.home / ".local/share/metadiskfs/volumes/default"
         self.cache_dir = self.home / ".cache/metadiskfs/volumes/default"
-        self._pids: dict[str, int] = {}
+        self._processes: dict[str, Process] = {}
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -60,8 +86,10 @@ class World:
         done = self.run("mount", str(self.mountpoint), "--chunk-size", "64K", "--cache-size", "256M")
         if done.returncode:
             raise TortureFailed(f"the mount does not come up: {done.stderr.strip()}")
+        self._forget_processes()
         status = control.ask_once(self.volume_dir, "status")
-        self._pids = {name: int(status[f"{name}_pid"]) for name in ("transfer", "node")} | {"mount": status["pid"]}
+        self._processes = {name: Process(int(status[f"{name}_pid"])) for name in ("transfer", "node")}
+        self._processes["mount"] = Process(int(status["pid"]))
 
     def verify(self) -> list[str]:
         """What ``metadiskfs verify`` finds."""
@@ -86,36 +114,44 @@ class World:
 
     @property
     def is_alive(self) -> bool:
-        return _is_running(self._pids["mount"])
-
-    def pid_of(self, name: str) -> int:
-        """'mount', 'transfer', 'node', or 'worker' (of the node), as of now; 0 where there is none."""
-        if name == "mount":
-            return self._pids["mount"]
-        with contextlib.suppress(MountError):
-            status = control.ask_once(self.volume_dir, "status")
-            self._pids |= {part: int(status[f"{part}_pid"] or 0) for part in ("transfer", "node")}
-        if name == "worker":
-            return next(iter(children_of(self._pids["node"])), 0)
-        return self._pids[name]
+        return self._processes["mount"].is_running
 
     def signal(self, name: str, number: int = signal.SIGKILL) -> None:
-        pid = self.pid_of(name)
-        if pid > 1:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        """Send it to 'mount', 'transfer', 'node' or 'worker' (of the node), as they are now."""
+        if name in ("transfer", "node"):
+            self._look_again(name)
+        if name != "worker":
+            self._processes[name].signal(number)
+            return
+        self._look_again("node")
+        for pid in children_of(self._processes["node"].pid):
+            worker = Process(pid)
+            worker.signal(number)
+            worker.close()
+
+    def _look_again(self, name: str) -> None:
+        """A helper that died has a successor."""
+        with contextlib.suppress(MountError):
+            pid = int(control.ask_once(self.volume_dir, "status")[f"{name}_pid"] or 0)
+            if pid and pid != self._processes[name].pid:
+                self._processes[name].close()
+                self._processes[name] = Process(pid)
 
     def wait_for_end(self) -> list[str]:
         """After the mount's end: all its processes must follow. Returns differences, and kills what is left."""
         until = time.monotonic() + _END_SECONDS
-        while strays := [name for name, pid in self._pids.items() if _is_running(pid)]:
+        while strays := [name for name, process in self._processes.items() if process.is_running]:
             if time.monotonic() > until:
                 for name in strays:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(self._pids[name], signal.SIGKILL)
+                    self._processes[name].signal(signal.SIGKILL)
                 return [f"the {name} process did not end" for name in strays]
             time.sleep(0.01)
         return []
+
+    def _forget_processes(self) -> None:
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()
 
     def leftovers(self) -> list[str]:
         """Work files and downloads that lie about though nothing is open."""
@@ -127,17 +163,11 @@ class World:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def close(self, *, keep: bool) -> None:
-        if self._pids:
+        if self._processes:
             self.unmount()
+        self._forget_processes()
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return pid > 0 and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def children_of(pid: int) -> list[int]:
