@@ -450,7 +450,7 @@ def test_it_is_nice_and_shows_no_secret(node: BadNode, chunk: Write) -> None:
     try:
         assert not mount.upload(chunk(b"x"), b"x").error
         pid = mount.transfer.pid
-        assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+        assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
         for part in ("cmdline", "environ"):
             assert b"topsecret1" not in Path(f"/proc/{pid}/{part}").read_bytes()
         assert node.requests[-1].form["token"] == "topsecret1"
