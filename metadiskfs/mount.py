@@ -180,7 +180,8 @@ class MountedVolume:
             self.node.stop()
         if clean:
             for folder in (self.config.volume_dir, self.config.volume_cache_dir):
-                _sync_disk_under(folder)  # chunk files too, so that the next start need not doubt them
+                with contextlib.suppress(FileNotFoundError):  # somebody emptied the cache
+                    _sync_disk_under(folder)  # chunk files too, so that the next start need not doubt them
             with self.index.transaction(durable=True, counted=False):
                 self.index.set_meta("session", "")
                 self.index.set_meta("saved", 0 if self.backups.is_needed else 1)
