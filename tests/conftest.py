@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from metadiskfs import control
+from metadiskfs.errors import MountError
+
 PROJECT = Path(__file__).parent.parent
 COMMAND_SECONDS = 60
 
@@ -96,8 +99,8 @@ class Mount:
     def pids(self) -> list[int]:
         """The mount, its transfer process and its node, as far as they run."""
         try:
-            status = self.status()
-        except subprocess.CalledProcessError:
+            status = control.ask_once(self.volume_dir, "status")
+        except MountError:
             return []
         return [pid for name in ("pid", "transfer_pid", "node_pid") if (pid := status[name])]
 

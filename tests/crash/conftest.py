@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from metadiskfs import control
 from metadiskfs.cli.main import main
-from tests.conftest import Mount, eventually, is_running
+from tests.conftest import PROJECT, Mount, eventually, is_running
 from tests.metadisk.bad_node import BadNode
 
 CHUNK = 64 << 10
@@ -65,6 +67,11 @@ class Bench:
         pid = self.ask("mount")[0]["pid"]
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: not is_running(pid))
+
+    def end(self) -> None:
+        """After a test nothing is to be saved any more."""
+        with contextlib.suppress(control.MountError, ProcessLookupError):
+            self.kill()
 
     def crash_while_mounting(self, crash_at: str) -> None:
         with environment(METADISKFS_CRASH_AT=crash_at):
@@ -122,25 +129,54 @@ def verify(mount: Mount, *options: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out.getvalue())
 
 
-@pytest.fixture
-def node() -> Iterator[BadNode]:
-    with BadNode() as fresh:
-        yield fresh
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A volume with two closed and uploaded files, made once: tests work on copies of its home."""
+
+    node: BadNode
+    home: Path
+    objects: dict[str, bytes]
+    closed: dict[str, bytes]
+
+
+def fill_and_end(bench: Bench) -> None:
+    bench.start()
+    bench.write("small", b"small and closed")
+    bench.write("large", os.urandom(3 * CHUNK + 5))
+    bench.sync()
+    bench.mount.unmount("--no-wait")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+    folder = tmp_path_factory.mktemp("template")
+    home = folder / "home"
+    home.mkdir()
+    with BadNode() as node, environment(HOME=str(home), PYTHONPATH=str(PROJECT)):
+        mount = Mount(home, folder / "m", "--chunk-size", "64K", "--node", node.url)
+        bench = Bench(mount, node)
+        try:
+            fill_and_end(bench)
+        finally:
+            mount.end()
+        yield Template(node, home, dict(node.objects), dict(bench.closed))
 
 
 @pytest.fixture
-def empty_bench(node: BadNode, make_mount: Callable[..., Mount]) -> Iterator[Bench]:
+def empty_bench(template: Template, make_mount: Callable[..., Mount]) -> Iterator[Bench]:
     """Not mounted yet, nothing in it."""
-    yield Bench(make_mount("--chunk-size", "64K", "--node", node.url), node)
+    node = template.node
+    node.reset()
+    bench = Bench(make_mount("--chunk-size", "64K", "--node", node.url), node)
+    yield bench
     node.heal()  # or the end of the mount tries for long to save its index
+    bench.end()
 
 
 @pytest.fixture
-def bench(empty_bench: Bench) -> Bench:
+def bench(template: Template, empty_bench: Bench) -> Bench:
     """Not mounted; two files are in it."""
-    empty_bench.start()
-    empty_bench.write("small", b"small and closed")
-    empty_bench.write("large", os.urandom(3 * CHUNK + 5))
-    empty_bench.sync()
-    empty_bench.mount.unmount("--no-wait")
+    shutil.copytree(template.home, empty_bench.mount.home, dirs_exist_ok=True)
+    empty_bench.node.objects.update(template.objects)
+    empty_bench.closed |= template.closed
     return empty_bench

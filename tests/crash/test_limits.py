@@ -124,6 +124,8 @@ def test_the_disk_under_the_data_is_full(
     with pytest.raises(OSError, match="No space left"):
         for number in range(20):
             bench.write(f"file{number}", os.urandom(1 << 20))
+    for number in range(300):  # there is room for what takes little
+        (bench / f"folder{number}").mkdir()
     filler = fill(small_disk)
     with pytest.raises(OSError, match="No space left"):
         for number in range(2000):

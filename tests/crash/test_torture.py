@@ -9,7 +9,7 @@ from tests.conftest import metadiskfs
 
 
 def test_a_short_run_ends_without_differences(home: Path) -> None:
-    done = metadiskfs("torture", "--minutes", "0.6", "--json", check=False, timeout=110)
+    done = metadiskfs("torture", "--minutes", "0.5", "--json", check=False, timeout=110)
     print(done.stderr)
     report = json.loads(done.stdout)
     assert report["differences"] == []

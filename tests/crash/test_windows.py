@@ -39,7 +39,7 @@ def test_every_window_has_its_row_and_its_test() -> None:
     assert {name for name in documented if f'"{name}"' not in tests} == set()
 
 
-# -- closing --------------------------------------------------------------------------------------------------------
+# -- closing ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", ["placed-before-row", "content-before-commit"])
@@ -90,7 +90,7 @@ def test_a_deleted_file_does_not_leave_its_chunks(bench: Bench) -> None:
     assert bench.lost_and_found() == []
 
 
-# -- fsync ----------------------------------------------------------------------------------------------------------
+# -- fsync ------------------------------------------------------------------------------------------------------
 
 
 def test_fsync_before_its_row(bench: Bench) -> None:
@@ -166,7 +166,7 @@ def test_cut_after_fsync_and_killed_before_close(bench: Bench) -> None:
     bench.again()
 
 
-# -- names ----------------------------------------------------------------------------------------------------------
+# -- names ------------------------------------------------------------------------------------------------------
 
 
 def test_replacing_an_open_file(bench: Bench) -> None:
@@ -206,7 +206,7 @@ def test_an_open_file_that_was_unlinked_is_gone(bench: Bench) -> None:
     assert bench.lost_and_found() == []
 
 
-# -- uploads, downloads, eviction -----------------------------------------------------------------------------------
+# -- uploads, downloads, eviction -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", ["stored-before-row", "stored-before-move"])
@@ -254,7 +254,7 @@ def test_backup_before_its_manifest(bench: Bench) -> None:
     assert {path.name for path in (bench.mount.volume_dir / "backup").iterdir()} == {"last"}
 
 
-# -- recovery itself ------------------------------------------------------------------------------------------------
+# -- recovery itself --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
