@@ -269,6 +269,8 @@ class Tree:
                 other = self.child(new_parent.number, new_name)
             except FileNotFoundError:
                 other = None
+                if self._names.get((new_parent.number, new_name)) == _ABSENT:
+                    self._index.join_all()  # the name it had before goes in the same commit, whoever took it away
             if flags & RENAME_EXCHANGE:
                 if other is None:
                     raise posix_error(errno.ENOENT)

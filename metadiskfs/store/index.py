@@ -157,7 +157,7 @@ class Index:
         """Make all commits so far survive a power cut; free where they do already."""
         with self.lock:
             if not self._durable or self._joining:
-                self._join_all()
+                self.join_all()
                 with self.transaction(durable=True):
                     crash_point("durable-before-commit")
 
@@ -187,13 +187,14 @@ class Index:
     def flush_joining(self) -> None:
         with self.lock:
             if self._joining:
-                self._join_all()
+                self.join_all()
                 with self.transaction():
                     log.debug("committing names that went by themselves")
 
-    def _join_all(self) -> None:
+    def join_all(self) -> None:
         """Let what waits in any thread join this one's next transaction."""
-        self._joining = {threading.get_ident(): [item for items in self._joining.values() for item in items]}
+        with self.lock:
+            self._joining = {threading.get_ident(): [item for items in self._joining.values() for item in items]}
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the database; what readers still hold stays."""

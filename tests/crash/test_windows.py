@@ -2,12 +2,15 @@
 
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
+from metadiskfs.store.fsck import check_index
 from tests.conftest import PROJECT, eventually, metadiskfs
 from tests.crash.conftest import CHUNK, Bench, verify
+from tests.fs.drivers import VolumeDriver
 
 NEW = os.urandom(2 * CHUNK + 100)
 
@@ -179,6 +182,24 @@ def test_replacing_an_open_file(bench: Bench) -> None:
     bench.closed["new"] = NEW
     bench.again()
     assert bench.lost_and_found() == []
+
+
+def test_another_thread_takes_over_the_name_of_an_open_file(tmp_path: Path) -> None:
+    """Unlinked by one thread, not committed yet, renamed onto by another: the old file must not stay without a name."""
+    fs = VolumeDriver(tmp_path)
+    fs.write("/old", b"old")
+    fs.write("/new", b"new")
+    tree = fs.volume.tree
+    handle = fs.volume.open(tree.resolve(b"/old"), os.O_RDONLY)
+    unlink = threading.Thread(target=tree.unlink_later, args=tree.resolve_parent(b"/old"))
+    unlink.start()  # as FUSE's callback does, but for waking the maintenance thread
+    unlink.join()
+    with fs.index.lock:
+        fs.rename("/new", "/old")
+        assert [finding.kind for finding in check_index(fs.index.db)] == []
+    fs.volume.release(handle)
+    assert fs.read("/old") == b"new"
+    fs.close()
 
 
 def test_replacing_a_closed_file(bench: Bench) -> None:
