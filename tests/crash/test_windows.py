@@ -185,7 +185,7 @@ def test_replacing_an_open_file(bench: Bench) -> None:
 
 
 def test_another_thread_takes_over_the_name_of_an_open_file(tmp_path: Path) -> None:
-    """Unlinked by one thread, not committed yet, renamed onto by another: the old file must not stay without a name."""
+    """Unlinked by one thread, not committed yet, renamed onto by another: the old file must not stay nameless."""
     fs = VolumeDriver(tmp_path)
     fs.write("/old", b"old")
     fs.write("/new", b"new")
