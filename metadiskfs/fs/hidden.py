@@ -7,8 +7,13 @@ gone at once; what libfuse calls the file is kept in this table and nowhere else
 libfuse counts a file as open a little longer than we do: our release runs before it counts down. A file hidden in
 between would keep its name for ever, because nobody is left to unlink it. So a file that was closed just now is
 hidden too, and whoever is hidden is held open here until libfuse unlinks it or plainly forgot to.
+
+An unlink is committed before it returns. What is done for a rename waits for that rename's own commit: a crash
+between the two would leave neither the old file nor the new one. libfuse does not say which of both it is about;
+the caller's system call does, where /proc shows it, else the removal waits for a rename to come (a few ms).
 """
 
+import os
 import re
 import threading
 import time
@@ -22,6 +27,10 @@ _GRACE = 1.0
 """Seconds after which libfuse has surely counted down."""
 _DISORDER = 32
 """How far libfuse's counter may be from the highest seen: callbacks come on several threads."""
+
+
+_UNLINK_CALLS = {"x86_64": ("87", "263"), "aarch64": ("35",)}.get(os.uname().machine, ())
+"""Numbers of unlink(2) and unlinkat(2), from the kernel's system call tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +70,17 @@ class HiddenFiles:
         self._counter = max(self._counter, counter)
         return True
 
-    def hide(self, inode: Inode, parent: Inode, name: bytes, new_name: bytes) -> None:
-        """Take the name away; the file lives on under ``new_name``, for libfuse alone."""
+    def hide(self, inode: Inode, parent: Inode, name: bytes, new_name: bytes, *, caller: int) -> None:
+        """Take the name away; the file lives on under ``new_name``, for libfuse alone.
+
+        ``caller``: the thread whose system call is being served.
+        """
         handle = self._volume.open(inode, 0)
         try:
-            self._volume.unlink_open(parent, name)
+            if _is_in_unlink(caller):
+                self._volume.tree.unlink(parent, name)
+            else:
+                self._volume.unlink_for_rename(parent, name)
         except BaseException:
             self._volume.release(handle)
             raise
@@ -85,3 +100,12 @@ class HiddenFiles:
         for name, entry in list(self._entries.items()):
             if entry.inode.opens == 1 and max(entry.since, entry.inode.closed) < before:
                 self.drop(name)
+
+
+def _is_in_unlink(thread: int) -> bool:
+    """Whether a thread is in unlink(2) now. False as well where nothing can be seen of it (a user's Yama, io_uring)."""
+    try:
+        with open(f"/proc/{thread}/syscall") as file:
+            return file.read().partition(" ")[0] in _UNLINK_CALLS
+    except OSError:
+        return False

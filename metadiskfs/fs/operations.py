@@ -297,7 +297,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         new_parent, new_name = self._tree.resolve_parent(new)
         inode = self._tree.child(parent.number, name)
         if parent is new_parent and self._hidden.is_hiding(inode, new_name):
-            self._hidden.hide(inode, parent, name, new_name)
+            self._hidden.hide(inode, parent, name, new_name, caller=mfusepy._libfuse.fuse_get_context().contents.pid)
             self._moved(inode, old, new)
             self._changed(inode, None)
             return

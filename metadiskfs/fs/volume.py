@@ -428,8 +428,8 @@ class Volume:
 
     # -- names ----------------------------------------------------------------------------------------------------
 
-    def unlink_open(self, parent: Inode, name: bytes) -> Inode:
-        """Take the name of an open file away, committed at once or with the rename it belongs to."""
+    def unlink_for_rename(self, parent: Inode, name: bytes) -> Inode:
+        """Take the name of an open file away, committed with the rename that follows, or soon where none does."""
         inode = self.tree.unlink_later(parent, name)
         self._urgent.set()
         return inode
