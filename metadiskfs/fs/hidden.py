@@ -103,7 +103,7 @@ class HiddenFiles:
 
 
 def _is_in_unlink(thread: int) -> bool:
-    """Whether a thread is in unlink(2) now. False as well where nothing can be seen of it (a user's Yama, io_uring)."""
+    """Whether a thread is in unlink(2) now; False too where nothing can be seen of it (Yama, io_uring)."""
     try:
         with open(f"/proc/{thread}/syscall") as file:
             return file.read().partition(" ")[0] in _UNLINK_CALLS

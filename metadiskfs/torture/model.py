@@ -13,7 +13,7 @@ from pathlib import Path
 
 LOST_AND_FOUND = "lost+found"
 _GHOST_SECONDS = 5.0
-"""How long after a plain user's unlink of an open file a crash may bring its name back (fs/hidden.py); ms when idle."""
+"""How long after a plain user's unlink of an open file a crash may bring its name back (fs/hidden.py)."""
 _STRIDE = 4096
 
 
