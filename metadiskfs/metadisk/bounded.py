@@ -21,6 +21,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.wait import wait_for_read
 
+_SLACK = 0.1
+"""Seconds by which a wait may exceed its bound."""
 _LARGE = 64 * 1024
 """Bytes. What is smaller is sent before a node could answer."""
 
@@ -70,7 +72,9 @@ class _BoundedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(BOUNDS.left())
+        left, present = BOUNDS.left(), self._sock.gettimeout()
+        if present is None or not left <= present <= left + _SLACK:  # a system call, and there are many reads
+            self._sock.settimeout(left)
         count: int | None = self._raw.readinto(buffer)
         return count
 

@@ -12,8 +12,8 @@ from metadiskfs.metadisk.client import Client
 from metadiskfs.metadisk.jobs import FetchJob, FetchResult
 from metadiskfs.metadisk.stream import ObjectStream
 
-ANNOUNCE_EVERY = 4
-"""Blocks told together, but for the first one wanted."""
+TOGETHER = 4
+"""Blocks read, proven and told at once, but for the first one wanted."""
 
 
 def fetch(client: Client, job: FetchJob, *, deadline: float, patience: float) -> Iterator[FetchResult]:
@@ -76,17 +76,20 @@ class _Fetch:
         """Blocks ``start`` to ``stop``; returns the block it began with (0 where the node ignores ranges)."""
         size, end = wire.BLOCK_SIZE, min(stop * wire.BLOCK_SIZE, self._job.size)
         with self._stream(start * size, end, progress=size) as stream:
-            begun = told = stream.start // size
+            begun = stream.start // size
             cipher = wire.cipher_stream(self._key, offset=stream.start, counter_start=self._job.counter_start)
-            for block in range(begun, stop):
-                plain = cipher.update(stream.read(min(size, end - block * size)))
-                digest = digests[block * wire.BLOCK_DIGEST_SIZE : (block + 1) * wire.BLOCK_DIGEST_SIZE]
-                if not hmac.compare_digest(wire.block_digest(plain), digest):
-                    raise self._mismatch(f" in block {block}")
+            block = begun
+            while block < stop:
+                until = min(stop, block + (TOGETHER if block > start else 1))
+                plain = memoryview(cipher.update(stream.read(min(until * size, end) - block * size)))
+                for number in range(block, until):
+                    piece = plain[(number - block) * size : (number - block + 1) * size]
+                    digest = digests[number * wire.BLOCK_DIGEST_SIZE : (number + 1) * wire.BLOCK_DIGEST_SIZE]
+                    if not hmac.compare_digest(wire.block_digest(piece), digest):
+                        raise self._mismatch(f" in block {number}")
                 _write(self._fd, plain, block * size)
-                if block == start or block + 1 - told >= ANNOUNCE_EVERY or block + 1 == stop:
-                    yield FetchResult(self._job.id, told, block + 1)
-                    told = block + 1
+                yield FetchResult(self._job.id, block, until)
+                block = until
         return begun
 
     def _stream(self, start: int, stop: int, *, progress: int) -> ObjectStream:
@@ -111,7 +114,7 @@ def _key(job: FetchJob) -> bytes:
     return bytes.fromhex(job.key)
 
 
-def _write(fd: int, data: bytes, position: int) -> None:
+def _write(fd: int, data: bytes | memoryview, position: int) -> None:
     done = os.pwrite(fd, data, position)
     while done < len(data):  # a disk that fills up takes a part first
         done += os.pwrite(fd, memoryview(data)[done:], position + done)

@@ -22,6 +22,8 @@ from metadiskfs.metadisk.jobs import (
     TransferSettings,
     UploadJob,
     UploadResult,
+    decode,
+    encode,
 )
 
 log = logging.getLogger(__name__)
@@ -76,16 +78,17 @@ class Transfer:
         self._spawn()
         self._supervisor.start()
 
-    def upload(self, job: UploadJob) -> bool:
-        """Hand out a job. False: not taken, because the queue to the process is full or it is just being started.
+    def upload(self, *jobs: UploadJob) -> bool:
+        """Hand out jobs, to be done one after the other; each has a result of its own.
 
-        The caller keeps the job then, and offers it again after the next result or on_restart.
+        False: none was taken, because the queue to the process is full or it is just being started. The caller keeps
+        them then, and offers them again after the next result or on_restart.
         """
-        return self._send(self._uploads, job)
+        return self._send(self._uploads, encode(jobs))
 
     def fetch(self, job: FetchJob) -> bool:
         """Hand out a job; like upload()."""
-        return self._send(self._fetches, job)
+        return self._send(self._fetches, encode([job]))
 
     def close(self) -> None:
         """End the process; what it was doing is given up. Not to be called from a callback. May be called twice."""
@@ -96,8 +99,7 @@ class Transfer:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _send(self, sock: socket.socket | None, job: UploadJob | FetchJob) -> bool:
-        message = job.encode()
+    def _send(self, sock: socket.socket | None, message: bytes) -> bool:
         with self._lock:
             if sock is None or sock.fileno() < 0:
                 return False
@@ -110,7 +112,7 @@ class Transfer:
     def _spawn(self) -> None:
         uploads, uploads_there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fetches, fetches_there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        uploads.send(self._settings.encode())
+        uploads.send(encode([self._settings]))
         ends = (uploads_there.fileno(), fetches_there.fileno())
         try:
             self._process = subprocess.Popen(
@@ -209,7 +211,8 @@ def _receive(sock: socket.socket, kind: type[R], tell: Callable[[R], None]) -> N
             return
         if not message:
             return
-        _call(tell, kind.decode(message))
+        for result in decode(kind, message):
+            _call(tell, result)
 
 
 def _call(callback: Callable[..., None], *arguments: object) -> None:

@@ -6,6 +6,7 @@ back; the kernel hands each job to one waiting thread. It ends when the other en
 mount is gone or wants no more.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -15,7 +16,8 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 from metadiskfs.errors import CacheFull, ChunkDamaged, MetadiskfsError, NodeError
 from metadiskfs.metadisk.body import Source
@@ -28,14 +30,20 @@ from metadiskfs.metadisk.jobs import (
     TransferSettings,
     UploadJob,
     UploadResult,
+    decode,
+    encode,
 )
 
 log = logging.getLogger(__name__)
 
 UPLOAD_THREADS = 4
 FETCH_THREADS = 6
+_GIVEN_WAY = 0.25
+"""Seconds, for each piece of what nobody waits for."""
+_TOLD_WITHIN = 0.02
+"""Seconds: hanging on one chunk must not hide what became of the one before."""
 NICENESS = 10
-"""The mount answers somebody who waits, the uploads do not."""
+"""Of the upload threads: somebody waits for the mount and for what it fetches, nobody for them."""
 
 
 def run_upload(client: Client, job: UploadJob) -> UploadResult:
@@ -54,11 +62,61 @@ def run_upload(client: Client, job: UploadJob) -> UploadResult:
     return UploadResult(job.id, link.filehash, link.key, receipt.counter_start, receipt.blocks.hex())
 
 
-def run_fetch(client: Client, job: FetchJob, settings: TransferSettings, tell: Callable[[FetchResult], None]) -> None:
+def run_uploads(client: Client, jobs: list[UploadJob], tell: Callable[[list[UploadResult]], object]) -> None:
+    """Do the jobs of one message. Their results are told together, but none is kept back for long."""
+    results: list[UploadResult] = []
+    told = time.monotonic()
+    for job in jobs:
+        results.append(run_upload(client, job))
+        if job is jobs[-1] or time.monotonic() - told > _TOLD_WITHIN:
+            tell(results)
+            results, told = [], time.monotonic()
+
+
+class Urgency:
+    """Who may read from the network next: a reader's first block goes before the rest of chunks and read-ahead.
+
+    All threads share one interpreter lock: without this, what nobody waits for takes turns with what somebody does.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._urgent = 0
+
+    @contextlib.contextmanager
+    def urgent(self) -> Iterator[None]:
+        with self._changed:
+            self._urgent += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._urgent -= 1
+                self._changed.notify_all()
+
+    def give_way(self) -> None:
+        """Wait while anything is urgent, but never so long that a node would take offence."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._urgent, _GIVEN_WAY)
+
+
+def run_fetch(
+    client: Client,
+    job: FetchJob,
+    settings: TransferSettings,
+    urgency: Urgency,
+    tell: Callable[[FetchResult], None],
+) -> None:
     """Do one job, telling its results. Raises only what ``tell`` raises."""
+    results = fetch(client, job, deadline=settings.read_deadline, patience=settings.read_timeout)
     try:
-        for result in fetch(client, job, deadline=settings.read_deadline, patience=settings.read_timeout):
+        if not job.ahead:
+            with urgency.urgent():
+                tell(next(results))
+        urgency.give_way()
+        for result in results:
             tell(result)
+            urgency.give_way()
     except (BrokenPipeError, ConnectionResetError):
         raise  # of the socket pair: the network's never come as these
     except Exception as error:  # noqa: BLE001 - a job that fails must be told, whatever the reason
@@ -90,8 +148,9 @@ def _told(error: Exception, what: str) -> tuple[str, str, float | None]:
     return MetadiskfsError.__name__, f"{what}: {type(error).__name__}: {error}", None
 
 
-def _serve(sock: socket.socket, do: Callable[[bytes], None]) -> None:
+def _serve(sock: socket.socket, do: Callable[[bytes], None], niceness: int = 0) -> None:
     """Work off one socket's jobs until its other end is gone."""
+    os.nice(niceness)  # of this thread alone, on Linux
     try:
         while message := sock.recv(MAX_MESSAGE):
             do(message)
@@ -110,10 +169,9 @@ def _wait_for_hangup(*socks: socket.socket) -> None:
 def main(upload_fd: int, fetch_fd: int) -> None:
     """Serve both sockets until one is closed; then the process ends at once, whatever is under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the mount, which still has to drain its queue
-    os.nice(NICENESS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     uploads, fetches = socket.socket(fileno=upload_fd), socket.socket(fileno=fetch_fd)
-    settings = TransferSettings.decode(uploads.recv(MAX_MESSAGE))
+    settings = decode(TransferSettings, uploads.recv(MAX_MESSAGE))[0]
     client = Client(
         settings.url,
         token=settings.token,
@@ -123,16 +181,21 @@ def main(upload_fd: int, fetch_fd: int) -> None:
     )
 
     def upload(message: bytes) -> None:
-        uploads.send(run_upload(client, UploadJob.decode(message)).encode())
+        run_uploads(client, decode(UploadJob, message), lambda results: uploads.send(encode(results)))
 
     def fetched(result: FetchResult) -> None:
-        fetches.send(result.encode())
+        fetches.send(encode([result]))
+
+    urgency = Urgency()
 
     def fetch_one(message: bytes) -> None:
-        run_fetch(client, FetchJob.decode(message), settings, fetched)
+        for job in decode(FetchJob, message):
+            run_fetch(client, job, settings, urgency, fetched)
 
     for number in range(UPLOAD_THREADS):
-        threading.Thread(target=_serve, args=(uploads, upload), name=f"upload-{number}", daemon=True).start()
+        threading.Thread(
+            target=_serve, args=(uploads, upload, NICENESS), name=f"upload-{number}", daemon=True
+        ).start()
     for number in range(FETCH_THREADS):
         threading.Thread(target=_serve, args=(fetches, fetch_one), name=f"fetch-{number}", daemon=True).start()
     _wait_for_hangup(uploads, fetches)

@@ -31,6 +31,9 @@ from metadiskfs.node.spool import Spool, SpoolFolder, flocked
 log = logging.getLogger(__name__)
 
 _FACTS = "user.metadisk"  # "<unix seconds> <name>": short enough to lie in the inode on ext4
+_KEPT_IN_MEMORY = 256 << 10
+"""Bytes of a new object that the page cache may keep. Who sent a large one has it; the next takes its pages, which
+are warm, where fresh ones of a virtual machine cost ten times the copy (docs/PERFORMANCE.md)."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # FAT, some network file systems
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSPC, errno.E2BIG)
 
@@ -120,6 +123,8 @@ class DiskEngine:
         """Give the finished file its name. Whatever stands there already is not whole, or came this moment."""
         _write_facts(spool.fd, facts)
         os.fsync(spool.fd)
+        if spool.size > _KEPT_IN_MEMORY:
+            os.posix_fadvise(spool.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with flocked(self._lock_path, fcntl.LOCK_SH):
             _renew(spool.fd)  # writing and syncing took time; a sweep compares with the moment of the name
             try:

@@ -195,6 +195,7 @@ class Fetcher:
             size=chunk.size,
             blocks=chunk.blocks.hex(),
             first=first if chunk.blocks else 0,
+            ahead=ahead,
         )
         download = Download(chunk, job, ahead=ahead)
         self._ahead_bytes += chunk.size if ahead else 0

@@ -5,12 +5,14 @@ when several in a row failed for the node's sake does everything wait, with one 
 come in on the transfer's receiver thread and are recorded in batches by the uploader's own.
 """
 
+import contextlib
 import heapq
 import logging
 import random
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from metadiskfs import errors
@@ -27,11 +29,21 @@ _PAUSE_SECONDS = 0.002
 """Between two rounds: each takes the interpreter lock from the threads that serve the kernel."""
 _GATHER_SECONDS = 0.01
 """While plenty is in flight, results are gathered for so long before they are recorded in one transaction."""
+_TOGETHER, _SMALL = 8, 64 * 1024
+"""How many chunks of at most how many bytes go into one message: a small one costs as much to tell as to send."""
+_BURST, _BURST_SECONDS = 8, 0.1
+"""So many files closed within so many seconds: somebody is copying, unpacking, committing, and waits for that."""
+_HELD_SECONDS = 5.0
+"""How long such a burst is let alone before its uploads begin beside it; rclone waits as long for every file."""
 _QUEUED_AHEAD = 256
 """Rows of the queue read at a time."""
 _NO_BALANCE = errors.BalanceInsufficient.__name__
 _DOWN_AFTER = 4
 """Failures in a row, without a success between, after which the node counts as away."""
+
+
+Entry = tuple[int, bytes, int]
+"""A row of the queue: chunk, SHA-256, size."""
 
 
 @dataclass(slots=True)
@@ -59,10 +71,13 @@ class Uploader:
         self._failures: dict[int, Failure] = {}
         self._retries: list[tuple[float, int]] = []
         self._cursor = 0
-        self._fresh: deque[tuple[int, bytes, int]] = deque()
+        self._fresh: deque[Entry] = deque()
         self._failed_in_a_row = 0
         self._paused_until = 0.0
         self._away_pause = 0.0
+        self._wakes: deque[float] = deque(maxlen=_BURST)
+        self._held_since: float | None = None
+        self._waiting = 0
         self._stop = False
         self._stored = 0
         self.last_error = ""
@@ -81,6 +96,7 @@ class Uploader:
 
     def wake(self) -> None:
         """There may be new pending chunks."""
+        self._wakes.append(time.monotonic())
         if not self._wake.is_set():  # setting takes a lock, and writers come by often
             self._wake.set()
 
@@ -110,7 +126,7 @@ class Uploader:
 
     def wait_progress(self, timeout: float, *, since: int | None = None) -> bool:
         """Wait until more is stored than ``since`` (None: now). False when ``timeout`` seconds were too short."""
-        with self._lock:
+        with self._awaited():
             before = self._stored if since is None else since
             return self._lock.wait_for(lambda: self._stored > before, timeout)
 
@@ -120,9 +136,8 @@ class Uploader:
         with self._lock:
             for chunk in chunks & self._failures.keys():
                 heapq.heappush(self._retries, (0.0, chunk))
-        self._wake.set()
         while waiting := {chunk for chunk in chunks if self._chunks.pending_of(chunk)}:
-            with self._lock:
+            with self._awaited():
                 for chunk in waiting & self._failures.keys():
                     failure = self._failures[chunk]
                     if not failure.transient or failure.error.startswith(_NO_BALANCE) or time.monotonic() >= until:
@@ -130,6 +145,17 @@ class Uploader:
                 if time.monotonic() >= until:
                     raise errors.NodeUnreachable("the node did not acknowledge in time")
                 self._lock.wait(0.5)
+
+    @contextlib.contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """Hold the lock for somebody who waits for uploads: they begin at once."""
+        with self._lock:
+            self._waiting += 1
+            self._wake.set()
+            try:
+                yield
+            finally:
+                self._waiting -= 1
 
     def state(self) -> dict[str, object]:
         """For ``status``: uploads in flight, failures, and when the next try is due (seconds from now)."""
@@ -149,7 +175,8 @@ class Uploader:
 
     def on_result(self, result: UploadResult) -> None:
         self._results.append(result)
-        self.wake()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def on_restart(self) -> None:
         """The process that had the jobs is gone: hand them out anew."""
@@ -171,11 +198,25 @@ class Uploader:
                 self._record()
                 if self._stop:
                     return
-                self._hand_out()
+                if not self._is_held():
+                    self._hand_out()
+                elif not self._stop:
+                    time.sleep(_BURST_SECONDS / 4)
+                    self._wake.set()
             except (MetadiskfsError, OSError) as error:
                 log.error("the upload queue stands still for a moment: %s", error)
                 time.sleep(1)
                 self._wake.set()
+
+    def _is_held(self) -> bool:
+        """Whether to let a burst of closing files alone: on few cores its uploads would take half of its speed."""
+        now = time.monotonic()
+        if self._waiting or len(self._wakes) < _BURST or now - self._wakes[0] > _BURST_SECONDS:
+            self._held_since = None
+            return False
+        if self._held_since is None:
+            self._held_since = now
+        return now - self._held_since < _HELD_SECONDS
 
     def _seconds_to_next(self) -> float | None:
         with self._lock:
@@ -258,12 +299,29 @@ class Uploader:
                 raise
             if not due and not entries:
                 return
-            for position, entry in enumerate(entries):
-                if not self._offer(*entry):
-                    self._offer_later([chunk for chunk, _, _ in entries[position:]])
+            batches = list(self._batches(entries))
+            for position, batch in enumerate(batches):
+                if not self._offer(batch):
+                    self._offer_later([chunk for later in batches[position:] for chunk, _, _ in later])
                     return
 
-    def _take_fresh(self, count: int) -> list[tuple[int, bytes, int]]:
+    def _batches(self, entries: list[Entry]) -> Iterator[list[Entry]]:
+        """What is to be handed out together: small chunks of which none has failed before, when there are many."""
+        together = min(_TOGETHER, 1 + len(entries) // _TOGETHER)
+        batch: list[Entry] = []
+        for entry in entries:
+            chunk, _, size = entry
+            if size > _SMALL or chunk in self._failures:
+                yield [entry]
+                continue
+            batch.append(entry)
+            if len(batch) >= together:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _take_fresh(self, count: int) -> list[Entry]:
         """Up to ``count`` entries of the queue that were never handed out."""
         if len(self._fresh) < count:
             self._fresh.extend(self._chunks.pending_after(self._cursor, _QUEUED_AHEAD))
@@ -271,17 +329,20 @@ class Uploader:
                 self._cursor = self._fresh[-1][0]
         return [self._fresh.popleft() for _ in range(min(count, len(self._fresh)))]
 
-    def _offer(self, chunk: int, sha256: bytes, size: int) -> bool:
+    def _offer(self, batch: list[Entry]) -> bool:
         assert self.transfer is not None
-        job = UploadJob(chunk, self._cache.sealed_path(sha256), sha256.hex(), size)
         with self._lock:
-            if chunk in self._in_flight:
-                return True
-            self._in_flight[chunk] = job
-        if self.transfer.upload(job):
+            jobs = [
+                UploadJob(chunk, self._cache.sealed_path(sha256), sha256.hex(), size)
+                for chunk, sha256, size in batch
+                if chunk not in self._in_flight
+            ]
+            self._in_flight.update((job.id, job) for job in jobs)
+        if not jobs or self.transfer.upload(*jobs):
             return True
         with self._lock:
-            self._in_flight.pop(chunk, None)
+            for job in jobs:
+                self._in_flight.pop(job.id, None)
         return False
 
     def _offer_later(self, chunks: list[int]) -> None:
@@ -300,7 +361,7 @@ class Uploader:
                 batch.append(chunk)
         return batch
 
-    def _entry(self, chunk: int) -> tuple[int, bytes, int] | None:
+    def _entry(self, chunk: int) -> Entry | None:
         """The queue's row of a chunk that is due again; forgets the chunk when it needs no upload any more."""
         entry = self._chunks.pending_of(chunk)
         if entry is None:
