@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from metadiskfs.crash import crash_point
@@ -71,8 +71,11 @@ class Content:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill ``view`` from ``offset`` on; returns how many bytes there were. Raises NodeError (EIO)."""
+    def read_into(self, view: memoryview, offset: int, *, meanwhile: Callable[[], None]) -> int:
+        """Fill ``view`` from ``offset`` on; returns how many bytes there were. Raises NodeError (EIO).
+
+        ``meanwhile`` is called once what must be fetched has been asked for.
+        """
         missing: list[tuple[int, memoryview, int]] = []
         with self.lock:
             count = min(len(view), self.inode.size - offset)
@@ -86,8 +89,10 @@ class Content:
                 if (absent := self._read_slot(slot, start, piece)) is not None:
                     missing.append((absent.chunk, piece[: absent.length - start], start))
         self.was_missed = self.was_missed or bool(missing)
+        if not missing:
+            meanwhile()
         for chunk, piece, start in missing:  # chunks never change, so this is still what was asked for
-            self._store.fetcher.read(chunk, piece, start)
+            self._store.fetcher.read(chunk, piece, start, meanwhile=meanwhile)
         return count
 
     def _read_slot(self, slot: int, start: int, piece: memoryview) -> Slot | None:

@@ -11,6 +11,8 @@ from metadiskfs.store.fetcher import Fetcher
 
 _CHUNKS_AHEAD = 4
 """Chunks fetched ahead of a sequential reader at most."""
+_RUN_PER_CHUNK = 1 << 20
+"""Bytes read in sequence for each chunk more."""
 _OUT_OF_ORDER = 2 << 20
 """Bytes: the kernel's own read-ahead sends requests on several threads, so they overtake each other by so much."""
 _FILES_AHEAD = 16
@@ -53,12 +55,12 @@ class ReadAhead:
         self._folders: dict[int, _FolderReader] = {}
 
     def read(self, reader: FileReader, content: Content, offset: int, length: int) -> None:
-        """A handle is about to read: fetch behind it, more the longer it goes on; nothing for a random reader."""
+        """A handle reads: fetch behind it, more the longer it goes on; nothing for a random reader."""
         if abs(offset - reader.next_offset) > _OUT_OF_ORDER:
             reader.run = reader.ahead_to = 0
         else:
             reader.run += length
-            ahead = min(_CHUNKS_AHEAD, reader.run // self._chunk_size + 1)
+            ahead = min(_CHUNKS_AHEAD, reader.run // _RUN_PER_CHUNK + 1)
             slot = offset // self._chunk_size + 1
             if slot + ahead > reader.ahead_to and slot * self._chunk_size < content.inode.size:
                 reader.ahead_to = slot + ahead

@@ -294,11 +294,14 @@ class Volume:
         content = handle.content
         if content is None:
             raise posix_error(errno.EISDIR)
-        self.read_ahead.read(handle.reader, content, offset, len(view))
         if self._atime and not handle.noatime:
             self._accessed(handle.inode)
+
+        def look_ahead() -> None:
+            self.read_ahead.read(handle.reader, content, offset, len(view))
+
         try:
-            count = content.read_into(view, offset)
+            count = content.read_into(view, offset, meanwhile=look_ahead)
         except MetadiskfsError as error:
             log.error("%s at %d: %s", os.fsdecode(handle.path), offset, error)
             raise

@@ -31,6 +31,8 @@ from metadiskfs.node.spool import Spool, SpoolFolder, flocked
 log = logging.getLogger(__name__)
 
 _FACTS = "user.metadisk"  # "<unix seconds> <name>": short enough to lie in the inode on ext4
+_FIRST_PIECE = 128 << 10
+"""Bytes of an answer read before the first go out: somebody waits for these."""
 _KEPT_IN_MEMORY = 256 << 10
 """Bytes of a new object that the page cache may keep. Who sent a large one has it; the next takes its pages, which
 are warm, where fresh ones of a virtual machine cost ten times the copy (docs/PERFORMANCE.md)."""
@@ -158,12 +160,14 @@ class _DiskObject(StoredObject):
             return Facts("", self._mtime_ns // 10**9)
 
     def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        size = _FIRST_PIECE
         while start < stop:
-            piece = os.pread(self._fd, min(PIECE, stop - start), start)
+            piece = os.pread(self._fd, min(size, stop - start), start)
             if not piece:
                 raise ContentMismatch(f"an object ends {stop - start} bytes early")
             yield piece
             start += len(piece)
+            size = PIECE
 
     def close(self) -> None:
         if self._fd >= 0:

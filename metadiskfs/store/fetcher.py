@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from metadiskfs import errors
 from metadiskfs.crash import crash_point
@@ -66,10 +67,11 @@ class Fetcher:
 
     # -- for readers ----------------------------------------------------------------------------------------------
 
-    def read(self, number: int, view: memoryview, offset: int) -> None:
+    def read(self, number: int, view: memoryview, offset: int, *, meanwhile: Callable[[], None]) -> None:
         """Fill ``view`` with the chunk's bytes from ``offset`` on, fetching them where they are not here.
 
-        Waits, so no lock may be held. Raises NodeError and its kind (EIO), bounded in time.
+        Waits, so no lock may be held; ``meanwhile`` is called before. Raises NodeError and its kind (EIO), bounded in
+        time.
         """
         stop = offset + len(view)
         chunk = self._chunks.require(number)
@@ -80,6 +82,7 @@ class Fetcher:
             return
         download = self._join(chunk, first=offset // BLOCK_SIZE)
         try:
+            meanwhile()
             self._wait(download, offset, stop)
             _read_exactly(download.fd, view, offset)
         finally:
