@@ -145,7 +145,7 @@ class Rclone(Target):
 
     name = "rclone"
     needs = ("rclone", "fusermount3")
-    _POLL, _IDLE = 0.005, 0.03
+    _POLL, _IDLE = 0.005, 0.5
 
     def __init__(self, base: Path) -> None:
         super().__init__(base)

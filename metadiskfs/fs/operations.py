@@ -62,6 +62,7 @@ _SEEK_DATA, _SEEK_HOLE = 3, 4
 _KEPT_SECONDS = 3600.0
 _ONE_ID = 0xFFFFFFFF
 _THREADS = 16
+"""More than the 12 requests of read-ahead that the kernel sends at once: when these wait for a node, ls need not."""
 
 
 _stat = StatLayout(mfusepy.c_stat)

@@ -23,8 +23,8 @@ XATTR_SIZE_MAX = 65536
 
 _ABSENT = 0
 """Instead of an inode number: a name whose removal is not committed yet."""
-_INODES_KEPT = 16384
-_NAMES_KEPT = 32768
+_INODES_KEPT = 8192
+_NAMES_KEPT = 16384
 
 
 _strerror = functools.cache(os.strerror)

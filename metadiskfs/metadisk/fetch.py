@@ -12,7 +12,7 @@ from metadiskfs.metadisk.client import Client
 from metadiskfs.metadisk.jobs import FetchJob, FetchResult
 from metadiskfs.metadisk.stream import ObjectStream
 
-TOGETHER = 4
+TOGETHER = 2
 """Blocks read, proven and told at once, but for the first one wanted."""
 
 
