@@ -6,6 +6,7 @@ and whoever writes into its slot meanwhile gets a copy. Nobody waits for the net
 is fetched first, then everything is looked at again.
 """
 
+import hashlib
 import logging
 import os
 import threading
@@ -20,6 +21,9 @@ from metadiskfs.store.cache import Cache, Digest, copy_range, fsync_folder
 from metadiskfs.store.chunks import Chunks, ContentChange, SealedWork, Slot
 from metadiskfs.store.fetcher import Fetcher
 from metadiskfs.store.index import Index
+
+_SMALL = 32 * 1024
+"""Bytes that are hashed while they are written: to read them again costs more."""
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +177,8 @@ class Content:
         if stop > work.length:
             self._grew(stop - work.length)
             work.length = stop
+        if start == 0 and stop == work.length <= _SMALL:  # probably all there will be
+            work.digest = (work.version, Digest(hashlib.sha256(piece).digest(), stop))
         if stop == self._chunk_size:
             self._store.hasher.submit(work)
 
