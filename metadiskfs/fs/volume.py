@@ -177,8 +177,9 @@ class Volume:
                 self._write_atimes()
                 for act in self.on_tick:
                     act()
-            except (MetadiskfsError, OSError) as error:
-                log.error("maintenance failed, trying again: %s", error)
+            except Exception as error:  # whatever it is, this thread must go on
+                foreseen = isinstance(error, (MetadiskfsError, OSError))
+                log.error("maintenance failed, trying again: %s", error, exc_info=not foreseen)
 
     def _seal_quiet(self) -> None:
         before = time.monotonic() - QUIET_SECONDS

@@ -119,6 +119,9 @@ class Cache:
         self.before_eviction: Callable[[], None] = lambda: None
         """Makes the index durable: what goes must not be 'pending' again after a power cut."""
         self._moving: dict[bytes, int] = {}
+        """Stored chunks whose files are still among the sealed ones, with their sizes."""
+        self._dropped: dict[bytes, int] = {}
+        """Chunks nothing refers to any more whose files are still there, with their sizes."""
         self._places: dict[bytes, str] = {}
         """Where a chunk's file was last opened: spares a read of an open one the making of paths."""
         self._place_lock = threading.Lock()
@@ -164,6 +167,7 @@ class Cache:
     def make_room(self, size: int) -> None:
         """See to it that ``size`` more bytes stay within the limit, evicting stored chunks. Raises CacheFull."""
         if self.pending_bytes + self.cached_bytes + size > self.limit:
+            self.settle()
             if self.pending_bytes + size > self.limit:
                 raise CacheFull(f"the cache limit of {self.limit} bytes is reached by data that waits for upload")
             self.evict(self.pending_bytes + self.cached_bytes + size - self.limit + self.limit // 32)
@@ -242,6 +246,7 @@ class Cache:
                 os.fdatasync(fd)
         self.descriptors.forget(work_path)
         with self._place_lock:
+            self._settle_drop(sha256)
             self._moving.pop(sha256, None)
             try:
                 os.link(work_path, target)
@@ -286,6 +291,7 @@ class Cache:
     def work_to_cache(self, work_path: str, sha256: bytes, size: int) -> None:
         """Keep written content that turned out to be on the node already as the chunk's cached copy."""
         self.descriptors.forget(work_path)
+        self._dropped.pop(sha256, None)  # it is wanted again
         self._into_cache(work_path, sha256, size)
         self.count(pending=-size)
 
@@ -298,10 +304,14 @@ class Cache:
             self._moving[sha256] = size
 
     def settle(self) -> None:
-        """Move the files of stored chunks from the sealed ones to the cache.
+        """Remove the files of dropped chunks, and move those of stored ones from the sealed ones to the cache.
 
-        Not in the uploader's way: done about once a second, before an eviction, and after a crash by the next start.
+        Not while somebody waits for his unlink, nor in the uploader's way: done about once a second, before anything
+        is evicted or refused for want of room, and after a crash by the next start.
         """
+        for sha256 in list(self._dropped):
+            with self._place_lock:
+                self._settle_drop(sha256)
         for sha256 in list(self._moving):
             sealed = self.sealed_path(sha256)
             with self._place_lock:
@@ -310,6 +320,26 @@ class Cache:
                     self.descriptors.forget(sealed)
                     self._into_cache(sealed, sha256, size)
                     self.count(cached=-size)  # counted by stored() already
+
+    def drop_chunk(self, sha256: bytes, size: int) -> None:
+        """Free a chunk's files, wherever they lie, with the next settle(): no file refers to it any more."""
+        self._dropped[sha256] = size
+
+    def _settle_drop(self, sha256: bytes) -> None:
+        """Under the place lock."""
+        size = self._dropped.pop(sha256, None)
+        if size is None:
+            return
+        sealed = self.sealed_path(sha256)
+        self.descriptors.forget(sealed)
+        with self._count_lock:
+            self._volatile.discard(sha256)
+            stored = self._moving.pop(sha256, None) is not None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(sealed)
+            self.count(**{"cached" if stored else "pending": -size})
+            return
+        self.drop_cached(sha256)
 
     def keep_fetched(self, part_path: str, sha256: bytes, size: int) -> None:
         """Take a proven download into the cache, within its limit."""
@@ -361,20 +391,6 @@ class Cache:
         self.mark_volatile(sha256)
         self.count(pending=size, cached=-size)
         return True
-
-    def drop_chunk(self, sha256: bytes, size: int) -> None:
-        """Free a chunk's files, wherever they lie: no file refers to it any more."""
-        sealed = self.sealed_path(sha256)
-        with self._place_lock:
-            self.descriptors.forget(sealed)
-            with self._count_lock:
-                self._volatile.discard(sha256)
-                stored = self._moving.pop(sha256, None) is not None
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(sealed)
-                self.count(**{"cached" if stored else "pending": -size})
-                return
-        self.drop_cached(sha256)
 
     def drop_cached(self, sha256: bytes) -> None:
         path = self.cached_path(sha256)

@@ -203,8 +203,9 @@ class Uploader:
                 elif not self._stop:
                     time.sleep(_BURST_SECONDS / 4)
                     self._wake.set()
-            except (MetadiskfsError, OSError) as error:
-                log.error("the upload queue stands still for a moment: %s", error)
+            except Exception as error:  # whatever it is, this thread must go on
+                foreseen = isinstance(error, (MetadiskfsError, OSError))
+                log.error("the upload queue stands still for a moment: %s", error, exc_info=not foreseen)
                 time.sleep(1)
                 self._wake.set()
 

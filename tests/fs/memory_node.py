@@ -18,8 +18,9 @@ class MemoryNode:
         self.on_upload: Callable[[UploadResult], None] = lambda _result: None
         self.on_fetch: Callable[[FetchResult], None] = lambda _result: None
 
-    def upload(self, job: UploadJob) -> bool:
-        threading.Thread(target=self._upload, args=(job,)).start()
+    def upload(self, *jobs: UploadJob) -> bool:
+        for job in jobs:
+            threading.Thread(target=self._upload, args=(job,)).start()
         return True
 
     def fetch(self, job: FetchJob) -> bool:

@@ -37,7 +37,8 @@ def noise(request: pytest.FixtureRequest) -> Callable[[int], bytes]:
 def chunk(tmp_path: Path) -> Callable[[bytes], Path]:
     def write(content: bytes) -> Path:
         path = tmp_path / hashlib.sha256(content).hexdigest()
-        path.write_bytes(content)
+        if not path.exists():  # else it may be on its way to the node
+            path.write_bytes(content)
         return path
 
     return write

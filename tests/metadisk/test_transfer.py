@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,17 @@ from pathlib import Path
 import pytest
 
 from metadiskfs.metadisk import wire
-from metadiskfs.metadisk.jobs import MAX_MESSAGE, FetchJob, FetchResult, TransferSettings, UploadJob, UploadResult
+from metadiskfs.metadisk.jobs import (
+    MAX_MESSAGE,
+    FetchJob,
+    FetchResult,
+    TransferSettings,
+    UploadJob,
+    UploadResult,
+    encode,
+)
 from metadiskfs.metadisk.transfer import Transfer
+from metadiskfs.metadisk.worker import NICENESS, UPLOAD_THREADS, Urgency
 from tests.metadisk.bad_node import BadNode
 from tests.metadisk.conftest import until
 
@@ -302,7 +312,7 @@ def test_a_job_that_makes_no_sense(
 ) -> None:
     """An index that was restored from somewhere is untrusted input."""
     job = fetch_job(node, noise(2 * BLOCK), tmp_path / "part")
-    broken = FetchJob(**{name: getattr(job, name) for name in FetchJob.__slots__} | change)
+    broken = job._replace(**change)
     assert mount.fetch(broken)[-1].error
     assert not node.requests
     assert mount.fetch(job)[-1].done
@@ -445,12 +455,16 @@ def test_ctrl_c_is_not_for_it(own: Mount, node: BadNode, chunk: Write) -> None:
     assert own.restarts == 0
 
 
-def test_it_is_nice_and_shows_no_secret(node: BadNode, chunk: Write) -> None:
+def test_its_uploads_are_nice_and_it_shows_no_secret(node: BadNode, chunk: Write) -> None:
     mount = Mount(node.url, token="topsecret1")
     try:
         assert not mount.upload(chunk(b"x"), b"x").error
         pid = mount.transfer.pid
-        assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+        threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+        niceness = [
+            os.getpriority(os.PRIO_PROCESS, thread) - os.getpriority(os.PRIO_PROCESS, 0) for thread in threads
+        ]
+        assert sorted(niceness, reverse=True)[: UPLOAD_THREADS + 1] == [NICENESS] * UPLOAD_THREADS + [0]
         for part in ("cmdline", "environ"):
             assert b"topsecret1" not in Path(f"/proc/{pid}/{part}").read_bytes()
         assert node.requests[-1].form["token"] == "topsecret1"
@@ -490,9 +504,40 @@ def test_the_longest_message_passes(mount: Mount, node: BadNode, tmp_path: Path,
     """64 MiB is the largest chunk: its digests must fit."""
     job = fetch_job(node, noise(2 * BLOCK), tmp_path / "part")
     digests = "00" * wire.BLOCK_DIGEST_SIZE * ((64 << 20) // BLOCK)
-    longest = FetchJob(**{name: getattr(job, name) for name in FetchJob.__slots__} | {"blocks": digests})
-    assert len(longest.encode()) < MAX_MESSAGE
+    longest = job._replace(blocks=digests)
+    assert len(encode([longest])) < MAX_MESSAGE
     assert mount.fetch(longest)[-1].error == "ContentMismatch"
+
+
+def test_jobs_handed_out_together_have_a_result_each(mount: Mount, chunk: Write) -> None:
+    contents = [b"one", b"two", b"three"]
+    jobs = [
+        UploadJob(n, str(chunk(content)), hashlib.sha256(content).hexdigest(), len(content))
+        for n, content in enumerate(contents)
+    ]
+    assert mount.transfer.upload(jobs[0], jobs[1]._replace(path="/nowhere"), jobs[2])
+    results = {result.id: result for result in (mount.uploads.get(timeout=20) for _ in jobs)}
+    assert [results[n].error for n in range(3)] == ["", "ChunkDamaged", ""]
+    assert [results[n].filehash for n in (0, 2)] == [wire.link_of(contents[n]).filehash for n in (0, 2)]
+
+
+def test_what_nobody_waits_for_gives_way_for_a_while() -> None:
+    urgency, passed = Urgency(), threading.Event()
+
+    def go() -> None:
+        urgency.give_way()
+        passed.set()
+
+    with urgency.urgent():
+        threading.Thread(target=go).start()
+        assert not passed.wait(0.1)
+        assert passed.wait(5)  # but it is never kept for long
+    passed.clear()
+    with urgency.urgent():
+        threading.Thread(target=go).start()
+        begun = time.monotonic()
+    assert passed.wait(5)
+    assert time.monotonic() - begun < 0.2
 
 
 def test_a_callback_that_fails_ends_nothing(node: BadNode, chunk: Write, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """The upload queue: nothing pending is ever forgotten."""
 
 import os
+import time
 from pathlib import Path
 
 from tests.conftest import eventually
@@ -31,4 +32,54 @@ def test_what_failed_while_the_node_was_away_is_uploaded_when_it_is_back(tmp_pat
     fs.node.away = False
     eventually(lambda: not fs.volume.chunks.pending_total()[0])
     assert not fs.volume.uploader.state()["failing_chunks"]
+    fs.close()
+
+
+def test_a_burst_of_closing_files_is_let_alone_and_then_uploaded(tmp_path: Path) -> None:
+    fs = VolumeDriver(tmp_path)
+    begun = time.monotonic()
+    while time.monotonic() - begun < 1:
+        fs.write(f"/f{time.monotonic_ns()}", os.urandom(100))
+    assert len(fs.node.objects) < 20 < fs.volume.chunks.pending_total()[0]  # the first ones are no burst yet
+    eventually(lambda: not fs.volume.chunks.pending_total()[0], 10)
+    fs.close()
+
+
+def test_a_burst_without_end_does_not_hold_uploads_back(tmp_path: Path) -> None:
+    fs = VolumeDriver(tmp_path)
+    begun = time.monotonic()
+    while len(fs.node.objects) < 100 and time.monotonic() - begun < 30:
+        fs.write(f"/f{time.monotonic_ns()}", os.urandom(100))
+    assert 4 < time.monotonic() - begun < 15
+    fs.close()
+
+
+def test_somebody_who_waits_ends_the_hold(tmp_path: Path) -> None:
+    fs = VolumeDriver(tmp_path)
+    for n in range(200):
+        fs.write(f"/f{n}", os.urandom(100))
+    begun = time.monotonic()
+    assert fs.volume.uploader.wait_progress(5)
+    assert time.monotonic() - begun < 0.08
+    fs.close()
+
+
+def test_content_written_again_right_after_it_was_dropped_stays_here(tmp_path: Path) -> None:
+    """The dropped chunk's files go a moment later: not those of the same content that came since."""
+    fs = VolumeDriver(tmp_path)
+    for is_stored in (True, False):
+        content = os.urandom(100_000)
+        fs.node.away = not is_stored
+        fs.write("/f", content)
+        if is_stored:
+            fs.sync()
+        fs.unlink("/f")
+        fs.write("/g", content)
+        fs.node.away = True
+        fs.volume.cache.settle()
+        assert fs.read("/g") == content
+        assert fs.volume.cache.pending_bytes + fs.volume.cache.cached_bytes == len(content)
+        fs.unlink("/g")
+        fs.volume.cache.settle()
+        assert fs.volume.cache.pending_bytes + fs.volume.cache.cached_bytes == 0
     fs.close()
