@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from metadiskfs.crash import crash_point
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.work import Hasher, WorkFile
-from metadiskfs.store.cache import Cache, Digest, copy_range, fsync_folder
+from metadiskfs.store.cache import Cache
 from metadiskfs.store.chunks import Chunks, ContentChange, SealedWork, Slot
 from metadiskfs.store.fetcher import Fetcher
+from metadiskfs.store.files import Digest, copy_range, fsync_folder
 from metadiskfs.store.index import Index
 
 _SMALL = 32 * 1024

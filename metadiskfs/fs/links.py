@@ -7,8 +7,8 @@ from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.volume import Volume
 from metadiskfs.fs.work import WorkFile
 from metadiskfs.metadisk.wire import Link, cipher_stream, convergent_key
-from metadiskfs.store.cache import digest_of
 from metadiskfs.store.chunks import ChunkRow, SealedWork
+from metadiskfs.store.files import digest_of
 
 _BUFFER = 1 << 20
 

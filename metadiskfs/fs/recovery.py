@@ -12,8 +12,8 @@ import stat
 from metadiskfs.crash import crash_point
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.volume import Volume
-from metadiskfs.store.cache import digest_of
 from metadiskfs.store.chunks import Slot
+from metadiskfs.store.files import digest_of
 from metadiskfs.store.schema import LOST, ROOT, STORED
 
 log = logging.getLogger(__name__)

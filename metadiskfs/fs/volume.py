@@ -13,11 +13,11 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from metadiskfs.errors import CacheFull, MetadiskfsError
 from metadiskfs.fs.content import Content, Store
 from metadiskfs.fs.inode import Inode
+from metadiskfs.fs.listing import Listing
 from metadiskfs.fs.readahead import FileReader, ReadAhead
 from metadiskfs.fs.tree import Tree, posix_error
 from metadiskfs.fs.work import Hasher
@@ -32,10 +32,11 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 5.0
 """A file that stays open is sealed when it was not written to for so long."""
 _TICK = 1.0
+_GATHER_SECONDS = 0.005
+"""For what follows an unlink: the rename it may belong to, the unlinks after it."""
 _PROGRESS_PATIENCE = 10.0
 """Seconds a writer waits for an upload to make room before it gets ENOSPC."""
 _RELATIME_NS = 24 * 3600 * 10**9
-_LISTED_AT_ONCE = 1000
 
 
 _CAPABILITY = b"security.capability"
@@ -60,50 +61,6 @@ class Handle:
         self.append = bool(flags & os.O_APPEND)
         self.noatime = bool(flags & os.O_NOATIME)
         self.reader = FileReader()
-
-
-class Listing:
-    """One open directory: its names in order, read in pieces; the n-th stays the n-th while it is open."""
-
-    def __init__(self, directory: Inode, index: Index) -> None:
-        self.directory = directory
-        self._index = index
-        self._names: list[bytes] = []
-        self._rows: dict[int, tuple[Any, ...]] = {}
-        self._complete = False
-
-    def entry(self, position: int) -> tuple[Any, ...] | None:
-        """(name, *InodeRow) of the entry at ``position``, None behind the last one."""
-        row = self._rows.get(position)
-        if row is None:
-            self._load(position)
-            row = self._rows.get(position)
-        return row
-
-    def restart(self) -> None:
-        """rewinddir(3): the names that are there now."""
-        self._names.clear()
-        self._rows.clear()
-        self._complete = False
-
-    def _load(self, position: int) -> None:
-        self._rows.clear()
-        if position < len(self._names):  # went back: the same names again, with what they stand for now
-            after = self._names[position - 1] if position else b""
-            rows = self._index.list_names(self.directory.number, after, _LISTED_AT_ONCE)
-            places = {name: place for place, name in enumerate(self._names[position:], position)}
-            self._rows = {places[row[0]]: row for row in rows if row[0] in places}
-            return
-        while not self._complete and position >= len(self._names):
-            after = self._names[-1] if self._names else b""
-            rows = self._index.list_names(self.directory.number, after, _LISTED_AT_ONCE)
-            self._complete = len(rows) < _LISTED_AT_ONCE
-            start = len(self._names)
-            self._names.extend(row[0] for row in rows)
-            self._rows = dict(enumerate(rows, start))
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class Volume:
@@ -143,6 +100,7 @@ class Volume:
         self._stopping = threading.Event()
         self._urgent = threading.Event()
         self._thread = threading.Thread(target=self._maintain, name="maintenance", daemon=True)
+        cache.on_dropped = self._hurry
         self.on_tick: list[Callable[[], None]] = []
         """Called about once a second by the maintenance thread."""
 
@@ -166,20 +124,27 @@ class Volume:
         self.cache.settle()
 
     def _maintain(self) -> None:
+        next_tick = time.monotonic() + _TICK
         while not self._stopping.is_set():
-            if self._urgent.wait(_TICK):
+            if self._urgent.wait(max(0.0, next_tick - time.monotonic())):
                 self._urgent.clear()
-                time.sleep(0.005)  # let the rename that this unlink belongs to take it along
+                time.sleep(_GATHER_SECONDS)
             try:
                 self.index.flush_joining()
-                self._seal_quiet()
-                self.cache.settle()
-                self._write_atimes()
-                for act in self.on_tick:
-                    act()
+                self.cache.remove_dropped()
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + _TICK
+                    self._tick()
             except Exception as error:  # whatever it is, this thread must go on
                 foreseen = isinstance(error, (MetadiskfsError, OSError))
                 log.error("maintenance failed, trying again: %s", error, exc_info=not foreseen)
+
+    def _tick(self) -> None:
+        self._seal_quiet()
+        self.cache.settle()
+        self._write_atimes()
+        for act in self.on_tick:
+            act()
 
     def _seal_quiet(self) -> None:
         before = time.monotonic() - QUIET_SECONDS
@@ -435,8 +400,12 @@ class Volume:
     def unlink_for_rename(self, parent: Inode, name: bytes) -> Inode:
         """Take the name of an open file away, committed with the rename that follows, or soon where none does."""
         inode = self.tree.unlink_later(parent, name)
-        self._urgent.set()
+        self._hurry()
         return inode
+
+    def _hurry(self) -> None:
+        if not self._urgent.is_set():
+            self._urgent.set()
 
     def open_directory(self, inode: Inode) -> int:
         if not inode.is_directory:

@@ -4,7 +4,8 @@ import contextlib
 import queue
 import threading
 
-from metadiskfs.store.cache import Cache, Digest, digest_of
+from metadiskfs.store.cache import Cache
+from metadiskfs.store.files import Digest, digest_of
 
 
 class WorkFile:

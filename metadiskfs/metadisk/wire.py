@@ -25,6 +25,8 @@ COUNTER_STARTS = (0, 1)
 BLOCK_SIZE = 128 * 1024
 """Bytes of plaintext under one block digest: the unit in which a part of a chunk can be proven."""
 BLOCK_DIGEST_SIZE = 16
+CIPHER_SLACK = 15
+"""Bytes: the library asks for as much room behind its output as if the cipher padded."""
 
 UNPROVEN = "unproven"
 """Token of a Prefer header (RFC 7240): the client proves what it gets itself, the node need not read it all first."""
@@ -73,6 +75,10 @@ class CipherStream(Protocol):
     """AES-CTR from some position on: encrypting and decrypting are the same act."""
 
     def update(self, data: bytes | memoryview) -> bytes: ...
+
+    def update_into(self, data: memoryview, buffer: memoryview) -> int:
+        """``buffer`` may begin where ``data`` does, and has CIPHER_SLACK bytes more."""
+        ...
 
 
 def convergent_key(plaintext_sha256: bytes) -> bytes:

@@ -52,7 +52,7 @@ class DiskEngine:
         self._lock_path = str(root / "lock")
         self.spools = SpoolFolder(root / "tmp")
 
-    def put(self, filehash: str, content: bytes | Spool, facts: Facts) -> bool:
+    def put(self, filehash: str, content: bytes | memoryview | Spool, facts: Facts) -> bool:
         path = self._path(filehash)
         if self._touch(path) and self._is_whole(path, filehash):
             _fsync_folder(path)  # another process may have linked it a moment ago and not have come so far

@@ -96,7 +96,7 @@ class Engine(Protocol):
     """What `find` calls the place: "disk", "s3", "memory"."""
     spools: SpoolFolder
 
-    def put(self, filehash: str, content: bytes | Spool, facts: Facts) -> bool:
+    def put(self, filehash: str, content: bytes | memoryview | Spool, facts: Facts) -> bool:
         """Keep ``content`` under its name for good; True if the name is new, False if it existed.
 
         The caller has computed ``filehash`` from ``content`` and trusts what follows:
@@ -149,8 +149,8 @@ class MemoryEngine:
         self._lock = threading.Lock()
         self._objects: dict[str, tuple[bytes, Facts, int]] = {}
 
-    def put(self, filehash: str, content: bytes | Spool, facts: Facts) -> bool:
-        data = content if isinstance(content, bytes) else content.read_all()
+    def put(self, filehash: str, content: bytes | memoryview | Spool, facts: Facts) -> bool:
+        data = content.read_all() if isinstance(content, Spool) else bytes(content)
         with self._lock:
             old = self._objects.get(filehash)
             self._objects[filehash] = (data, old[1] if old else facts, time.time_ns())

@@ -35,7 +35,7 @@ class Upload:
 
     def __init__(self, settings: NodeSettings, engine: Engine, accounts: Accounts, traffic: Traffic) -> None:
         self._settings, self._engine, self._accounts, self._traffic = settings, engine, accounts, traffic
-        self._budget = sealing.MemoryBudget(settings.memory // 3)  # a body lies there up to three times at once
+        self._budget = sealing.MemoryBudget(settings.memory)
         options = MultipartParseOptions()
         options.max_body_part_buffer_size = 4096  # the token's part; the file is streamed
         self._forms = MultipartFormHandler(options)
@@ -57,9 +57,10 @@ class Upload:
         limit = self._settings.max_file_size
         if length is not None and length <= sealing.IN_MEMORY and self._budget.take(length):
             try:
-                plaintext = sealing.read_whole(part.stream.read, limit)
+                body = sealing.Body(length)
+                body.receive(part.stream.read, limit)
                 form.finish()
-                return self._store(sealing.seal_bytes(plaintext), form)
+                return self._store(body.seal(), form)
             finally:
                 self._budget.give_back(length)
         with sealing.spooled(part.stream.read, self._engine.spools, limit) as (spool, key):

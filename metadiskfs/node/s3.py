@@ -75,18 +75,18 @@ class S3Engine:
         prefix = parts.path.strip("/")
         return cls(store, f"{prefix}/" if prefix else "", spools)
 
-    def put(self, filehash: str, content: bytes | Spool, facts: Facts) -> bool:
+    def put(self, filehash: str, content: bytes | memoryview | Spool, facts: Facts) -> bool:
         path = self._path(filehash)
         attributes = {_NAME: facts.name, _TIME: str(facts.stored_at)}
         with _translated(filehash):
-            small = isinstance(content, bytes) or content.size <= _WINDOW
+            small = not isinstance(content, Spool) or content.size <= _WINDOW
             if small and self._creates:
-                data = content if isinstance(content, bytes) else content.read_all()
+                data = content.read_all() if isinstance(content, Spool) else content
                 with contextlib.suppress(exceptions.AlreadyExistsError):
                     obstore.put(self._store, path, data, attributes=attributes, mode="create", use_multipart=False)
                     return True
             new = not self._creates and not self._exists(path) if small else not self._exists(path)
-            source = content if isinstance(content, bytes) else Path(content.path)
+            source = Path(content.path) if isinstance(content, Spool) else content
             obstore.put(self._store, path, source, attributes=attributes, use_multipart=not small, chunk_size=_WINDOW)
         return new
 

@@ -46,26 +46,34 @@ class Sealed:
     """Ciphertext ready to be put, and the link that opens it."""
 
     link: wire.Link
-    content: bytes | Spool
+    content: memoryview | Spool
     size: int
 
 
-def seal_bytes(plaintext: bytes) -> Sealed:
-    """Seal a content that lies in memory."""
-    key = wire.convergent_key(hashlib.sha256(plaintext).digest())
-    ciphertext = wire.cipher_stream(key).update(plaintext)
-    return Sealed(wire.Link(hashlib.sha256(ciphertext).hexdigest(), key.hex()), ciphertext, len(ciphertext))
+class Body:
+    """A content that lies in memory once: it is read into a buffer and encrypted in it. One thread's own."""
 
+    def __init__(self, room: int) -> None:
+        """``room``: bytes it may have at most."""
+        self._buffer = memoryview(bytearray(room + wire.CIPHER_SLACK))
+        self._room = room
+        self._size = 0
 
-def read_whole(read: Callable[[int], bytes], limit: int) -> bytes:
-    """Read to the end of the stream into memory. Raises ObjectTooLarge beyond ``limit`` bytes."""
-    pieces, left = [], limit
-    while piece := read(_READ):
-        pieces.append(piece)
-        left -= len(piece)
-        if left < 0:
-            raise ObjectTooLarge("body too large")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def receive(self, read: Callable[[int], bytes], limit: int) -> None:
+        """Read to the end of the stream. Raises ObjectTooLarge beyond ``limit`` bytes."""
+        while piece := read(_READ):
+            stop = self._size + len(piece)
+            if stop > min(limit, self._room):
+                raise ObjectTooLarge("body too large")
+            self._buffer[self._size : stop] = piece
+            self._size = stop
+
+    def seal(self) -> Sealed:
+        """To be called once."""
+        content = self._buffer[: self._size]
+        key = wire.convergent_key(hashlib.sha256(content).digest())
+        wire.cipher_stream(key).update_into(content, self._buffer)
+        return Sealed(wire.Link(hashlib.sha256(content).hexdigest(), key.hex()), content, self._size)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ class Spool:
         self.size = 0
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Write at the end, all of it. Raises OSError (ENOSPC)."""
         self.write_at(self.size, data)
         self.size += len(data)

@@ -14,87 +14,28 @@ Everything is safe to call from any thread; the locks here are leaves.
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import logging
 import os
 import random
 import re
-import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from metadiskfs.crash import crash_point
 from metadiskfs.errors import CacheFull, ChunkDamaged
 from metadiskfs.store.descriptors import Descriptors, OpenFile
+from metadiskfs.store.files import copy_over, digest_of, fsync_folder
 
 log = logging.getLogger(__name__)
 
-HASH_BUFFER = 1 << 20
 _EVICT_SAMPLE = 64
 _DISK_RESERVE = 4 << 20
 """Bytes of the disk that content leaves free."""
 _PLACES_KEPT = 1024
 _FANOUT = [f"{n:02x}" for n in range(256)]
 _CHUNK_NAME = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """SHA-256 and length, in bytes, of a file as it was read."""
-
-    sha256: bytes
-    size: int
-
-
-def digest_of(fd: int) -> Digest:
-    """Hash a file. Releases the GIL while reading and hashing."""
-    hasher = hashlib.sha256()
-    expected = os.fstat(fd).st_size  # a buffer of the full size for a small file would cost more than its hash
-    buffer = memoryview(bytearray(min(HASH_BUFFER, expected + 1)))
-    size = 0
-    while count := os.preadv(fd, [buffer], size):
-        hasher.update(buffer[:count])
-        size += count
-    return Digest(hasher.digest(), size)
-
-
-def fsync_folder(path: str | Path) -> None:
-    """Make names created or removed in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def copy_range(source: int, target: int, count: int) -> None:
-    """Copy the first ``count`` bytes from one descriptor to another, in the kernel where it can."""
-    done = 0
-    while done < count:
-        try:
-            copied = os.copy_file_range(source, target, count - done, done, done)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            copied = os.pwrite(target, os.pread(source, min(HASH_BUFFER, count - done), done), done)
-        if copied == 0:
-            return
-        done += copied
-
-
-def _copy_over(source: str, part: str, target: str) -> None:
-    """Move a file to another file system: it gets its name when it is whole."""
-    try:
-        shutil.copyfile(source, part)
-        os.rename(part, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        raise
-    os.unlink(source)
 
 
 class Cache:
@@ -118,6 +59,8 @@ class Cache:
         self._evict_lock = threading.Lock()
         self.before_eviction: Callable[[], None] = lambda: None
         """Makes the index durable: what goes must not be 'pending' again after a power cut."""
+        self.on_dropped: Callable[[], None] = lambda: None
+        """Told that remove_dropped() has something to do."""
         self._moving: dict[bytes, int] = {}
         """Stored chunks whose files are still among the sealed ones, with their sizes."""
         self._dropped: dict[bytes, int] = {}
@@ -246,7 +189,7 @@ class Cache:
                 os.fdatasync(fd)
         self.descriptors.forget(work_path)
         with self._place_lock:
-            self._settle_drop(sha256)
+            self._remove_if_dropped(sha256)
             self._moving.pop(sha256, None)
             try:
                 os.link(work_path, target)
@@ -306,12 +249,10 @@ class Cache:
     def settle(self) -> None:
         """Remove the files of dropped chunks, and move those of stored ones from the sealed ones to the cache.
 
-        Not while somebody waits for his unlink, nor in the uploader's way: done about once a second, before anything
-        is evicted or refused for want of room, and after a crash by the next start.
+        Not in the uploader's way: done about once a second, before anything is evicted or refused for want of room,
+        and after a crash by the next start.
         """
-        for sha256 in list(self._dropped):
-            with self._place_lock:
-                self._settle_drop(sha256)
+        self.remove_dropped()
         for sha256 in list(self._moving):
             sealed = self.sealed_path(sha256)
             with self._place_lock:
@@ -322,10 +263,16 @@ class Cache:
                     self.count(cached=-size)  # counted by stored() already
 
     def drop_chunk(self, sha256: bytes, size: int) -> None:
-        """Free a chunk's files, wherever they lie, with the next settle(): no file refers to it any more."""
+        """Free a chunk's files, wherever they lie: no file refers to it any more. Nobody's unlink waits for that."""
         self._dropped[sha256] = size
+        self.on_dropped()
 
-    def _settle_drop(self, sha256: bytes) -> None:
+    def remove_dropped(self) -> None:
+        for sha256 in list(self._dropped):
+            with self._place_lock:
+                self._remove_if_dropped(sha256)
+
+    def _remove_if_dropped(self, sha256: bytes) -> None:
         """Under the place lock."""
         size = self._dropped.pop(sha256, None)
         if size is None:
@@ -362,7 +309,7 @@ class Cache:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            _copy_over(source, self.new_part_path(), target)
+            copy_over(source, self.new_part_path(), target)
         if fresh:
             self.count(cached=size)
 
@@ -387,7 +334,7 @@ class Cache:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            _copy_over(cached, self.new_work_path(0, 0), self.sealed_path(sha256))
+            copy_over(cached, self.new_work_path(0, 0), self.sealed_path(sha256))
         self.mark_volatile(sha256)
         self.count(pending=size, cached=-size)
         return True

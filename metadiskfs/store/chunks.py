@@ -15,7 +15,8 @@ from typing import Any
 
 from metadiskfs.crash import crash_point
 from metadiskfs.errors import ChunkDamaged
-from metadiskfs.store.cache import Cache, Digest
+from metadiskfs.store.cache import Cache
+from metadiskfs.store.files import Digest
 from metadiskfs.store.index import Index, read_only, translated
 from metadiskfs.store.schema import LOST, PENDING, STORED
 

@@ -33,6 +33,7 @@ _TOGETHER, _SMALL = 8, 64 * 1024
 """How many chunks of at most how many bytes go into one message: a small one costs as much to tell as to send."""
 _BURST, _BURST_SECONDS = 8, 0.1
 """So many files closed within so many seconds: somebody is copying, unpacking, committing, and waits for that."""
+_HOLD_TICK = 0.025
 _HELD_SECONDS = 5.0
 """How long such a burst is let alone before its uploads begin beside it; rclone waits as long for every file."""
 _QUEUED_AHEAD = 256
@@ -201,7 +202,7 @@ class Uploader:
                 if not self._is_held():
                     self._hand_out()
                 elif not self._stop:
-                    time.sleep(_BURST_SECONDS / 4)
+                    time.sleep(_HOLD_TICK)
                     self._wake.set()
             except Exception as error:  # whatever it is, this thread must go on
                 foreseen = isinstance(error, (MetadiskfsError, OSError))

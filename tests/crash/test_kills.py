@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from metadiskfs.fs.content import WorkFile
-from metadiskfs.store.cache import Digest
+from metadiskfs.store.files import Digest
 from metadiskfs.store.fsck import check_index
 from metadiskfs.torture.world import children_of
 from tests.conftest import PROJECT, Mount, eventually, is_running

@@ -4,6 +4,9 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
+from metadiskfs.store import uploader
 from tests.conftest import eventually
 from tests.fs.drivers import VolumeDriver
 
@@ -35,32 +38,43 @@ def test_what_failed_while_the_node_was_away_is_uploaded_when_it_is_back(tmp_pat
     fs.close()
 
 
-def test_a_burst_of_closing_files_is_let_alone_and_then_uploaded(tmp_path: Path) -> None:
+@pytest.fixture
+def slow_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for a moment ends no burst."""
+    monkeypatch.setattr(uploader, "_BURST_SECONDS", 2.0)
+
+
+def test_a_burst_of_closing_files_is_let_alone_and_then_uploaded(slow_bursts: None, tmp_path: Path) -> None:
     fs = VolumeDriver(tmp_path)
-    begun = time.monotonic()
-    while time.monotonic() - begun < 1:
-        fs.write(f"/f{time.monotonic_ns()}", os.urandom(100))
-    assert len(fs.node.objects) < 20 < fs.volume.chunks.pending_total()[0]  # the first ones are no burst yet
+    for n in range(100):
+        fs.write(f"/f{n}", os.urandom(100))
+    assert len(fs.node.objects) < 20  # the first ones are no burst yet
     eventually(lambda: not fs.volume.chunks.pending_total()[0], 10)
     fs.close()
 
 
-def test_a_burst_without_end_does_not_hold_uploads_back(tmp_path: Path) -> None:
+def test_a_burst_without_end_does_not_hold_uploads_back(
+    slow_bursts: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(uploader, "_HELD_SECONDS", 1.0)
     fs = VolumeDriver(tmp_path)
     begun = time.monotonic()
     while len(fs.node.objects) < 100 and time.monotonic() - begun < 30:
         fs.write(f"/f{time.monotonic_ns()}", os.urandom(100))
-    assert 4 < time.monotonic() - begun < 15
+        time.sleep(0.01)
+    assert 0.9 < time.monotonic() - begun < 15
     fs.close()
 
 
-def test_somebody_who_waits_ends_the_hold(tmp_path: Path) -> None:
+def test_somebody_who_waits_ends_the_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(uploader, "_HELD_SECONDS", 60.0)
+    monkeypatch.setattr(uploader, "_BURST_SECONDS", 20.0)
     fs = VolumeDriver(tmp_path)
-    for n in range(200):
+    for n in range(100):
         fs.write(f"/f{n}", os.urandom(100))
     begun = time.monotonic()
-    assert fs.volume.uploader.wait_progress(5)
-    assert time.monotonic() - begun < 0.08
+    assert fs.volume.uploader.wait_progress(15)
+    assert time.monotonic() - begun < 10
     fs.close()
 
 
