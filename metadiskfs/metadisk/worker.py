@@ -169,6 +169,7 @@ def _wait_for_hangup(*socks: socket.socket) -> None:
 def main(upload_fd: int, fetch_fd: int) -> None:
     """Serve both sockets until one is closed; then the process ends at once, whatever is under way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the mount, which still has to drain its queue
+    logging._srcfile = None  # its documented way not to look for the caller of each line
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     uploads, fetches = socket.socket(fileno=upload_fd), socket.socket(fileno=fetch_fd)
     settings = decode(TransferSettings, uploads.recv(MAX_MESSAGE))[0]

@@ -40,10 +40,12 @@ class Traffic:
         self._thread.start()
 
     def received(self, size: int) -> None:
-        self._count_bytes("in", size)
+        with self._lock:
+            self._fresh["in"] += size
 
     def sent(self, size: int) -> None:
-        self._count_bytes("out", size)
+        with self._lock:
+            self._fresh["out"] += size
 
     def put(self, new_size: int | None) -> None:
         """An object was put: ``new_size`` bytes, or None for one that existed."""
@@ -69,7 +71,7 @@ class Traffic:
         with self._flushing:  # or what is being written would be missing for a moment, and counters only grow
             totals = Counter(self._accounts.counters())
             with self._lock:
-                totals.update(self._fresh)
+                totals.update(_with_month(self._fresh))
         return totals
 
     def moved(self) -> tuple[Bytes, Bytes]:
@@ -87,7 +89,7 @@ class Traffic:
                 fresh, self._fresh = self._fresh, Counter()
             try:
                 if fresh:
-                    self._accounts.count(fresh)
+                    self._accounts.count(_with_month(fresh))
             except BaseException:
                 with self._lock:
                     self._fresh.update(fresh)
@@ -101,17 +103,17 @@ class Traffic:
         except OSError as error:
             log.error("the last traffic counters could not be written: %s", error)
 
-    def _count_bytes(self, direction: str, size: int) -> None:
-        with self._lock:
-            self._fresh[direction] += size
-            self._fresh[f"{direction}:{_month()}"] += size
-
     def _run(self) -> None:
         while not self._stop.wait(FLUSH_INTERVAL):
             try:
                 self.flush()
             except OSError as error:  # a full disk must not end the counting for good
                 log.error("the traffic counters could not be written: %s", error)
+
+
+def _with_month(fresh: Counter[str]) -> Counter[str]:
+    """Bytes count for a month as well: the one in which they are written down."""
+    return fresh + Counter({f"{direction}:{_month()}": fresh[direction] for direction in ("in", "out")})
 
 
 def _month() -> str:
