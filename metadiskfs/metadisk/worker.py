@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 UPLOAD_THREADS = 4
 FETCH_THREADS = 6
-_GIVEN_WAY = 0.25
-"""Seconds, for each piece of what nobody waits for."""
+_URGENT_SECONDS = 0.05
+"""How long a first block goes before all else: five times what it takes."""
 _TOLD_WITHIN = 0.02
 """Seconds: hanging on one chunk must not hide what became of the one before."""
 NICENESS = 10
@@ -77,16 +77,20 @@ class Urgency:
     """Who may read from the network next: a reader's first block goes before the rest of chunks and read-ahead.
 
     All threads share one interpreter lock: without this, what nobody waits for takes turns with what somebody does.
+    A reader of that rest may be waiting all the same, so it does not stand back for long, least of all for a first
+    block that hangs.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._urgent = 0
+        self._until = 0.0
 
     @contextlib.contextmanager
     def urgent(self) -> Iterator[None]:
         with self._changed:
             self._urgent += 1
+            self._until = time.monotonic() + _URGENT_SECONDS
         try:
             yield
         finally:
@@ -95,9 +99,9 @@ class Urgency:
                 self._changed.notify_all()
 
     def give_way(self) -> None:
-        """Wait while anything is urgent, but never so long that a node would take offence."""
+        """Wait for what became urgent lately."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._urgent, _GIVEN_WAY)
+            self._changed.wait_for(lambda: not self._urgent, max(0.0, self._until - time.monotonic()))
 
 
 def run_fetch(

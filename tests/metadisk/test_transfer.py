@@ -530,7 +530,7 @@ def test_what_nobody_waits_for_gives_way_for_a_while() -> None:
 
     with urgency.urgent():
         threading.Thread(target=go).start()
-        assert not passed.wait(0.1)
+        assert not passed.wait(0.01)
         assert passed.wait(5)  # but it is never kept for long
     passed.clear()
     with urgency.urgent():
