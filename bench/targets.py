@@ -271,6 +271,7 @@ class Metadiskfs(Target):
 
     def __init__(self, base: Path) -> None:
         super().__init__(base)
+        self.usable_since = 0.0
         self._home = base / "home"
         self._home.mkdir(exist_ok=True)
         self.folder = self._home / ".local/share/metadiskfs/volumes/default"
@@ -299,6 +300,7 @@ class Metadiskfs(Target):
         command = [sys.executable, "-m", "metadiskfs", "mount", "--foreground", *self.options, str(self.mountpoint)]
         self._mount = processes.start(command, self.log, environment=self.environment())
         wait_for(self._usable, f"{self.name} to mount; {self.log} may say why")
+        self.usable_since = time.monotonic()
         status = self.ask("status")
         pids = {"mount": status["pid"], "transfer": status["transfer_pid"], "node": status["node_pid"]}
         self._roots = {role: pid for role, pid in pids.items() if isinstance(pid, int)}

@@ -12,6 +12,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 _M_ARENA_MAX = -8  # malloc.h
+_COUNT_PATIENCE = 0.5
+"""Seconds df waits for the files to be counted."""
 _SYNC_SECONDS = 60.0
 _ENDING_SECONDS = 60.0
 
@@ -99,6 +102,8 @@ class MountedVolume:
         self.control = ControlServer(config.volume_dir, self._handlers())
         self._usage = (0, 0)
         self._usage_due = 0.0
+        self._counter = ThreadPoolExecutor(1, "usage")
+        self._counting: Future[tuple[int, int]] | None = None
 
     def _doubt_after_power_cut(self) -> bool:
         """Whether the last session ended with the machine. Doubts outlive sessions, until each file was proven."""
@@ -201,12 +206,24 @@ class MountedVolume:
         return limit, limit - used, files
 
     def _measured_usage(self) -> tuple[int, int]:
-        """(bytes held, files) of the volume, counted anew when the last count is twenty times its own cost old."""
-        now = time.monotonic()
-        if now >= self._usage_due:
-            self._usage = self.index.usage()
-            self._usage_due = now + 20 * (time.monotonic() - now)
+        """(bytes held, files) of the volume, counted anew when the last count is twenty times its own cost old.
+
+        With millions of files counting takes seconds: who asks gets the last count then, at first none.
+        """
+        if self._counting is None and time.monotonic() >= self._usage_due:
+            self._counting = self._counter.submit(self._count_usage)
+        if (counting := self._counting) is not None:
+            wait([counting], _COUNT_PATIENCE)
+            if counting.done():
+                self._counting = None
+                self._usage = counting.result()
         return self._usage
+
+    def _count_usage(self) -> tuple[int, int]:
+        began = time.monotonic()
+        usage = self.index.usage()
+        self._usage_due = time.monotonic() + 20 * (time.monotonic() - began)
+        return usage
 
     # -- answers to commands --------------------------------------------------------------------------------------
 
