@@ -351,7 +351,7 @@ class Chunks:
 
         Reads the whole table, on a connection of its own: nobody waits for it.
         """
-        with translated(), contextlib.closing(self._index.connect()) as db:
+        with translated(), contextlib.closing(self._index.connect(cache_kib=256)) as db:
             rows = db.execute(
                 "SELECT iif(dead IS NULL, state, -1), count(*), total(size) FROM chunk GROUP BY 1"
             ).fetchall()

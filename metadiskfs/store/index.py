@@ -90,12 +90,15 @@ class Index:
         self.chunk_size: int = self.meta("chunk_size")
         self._next_inode: int = self.db.execute("SELECT max(id) FROM inode").fetchone()[0] + 1
 
-    def connect(self) -> sqlite3.Connection:
-        """Another connection to the same index, for long reads beside the writer."""
+    def connect(self, *, cache_kib: int = 8192) -> sqlite3.Connection:
+        """Another connection to the same index, for long reads beside the writer.
+
+        ``cache_kib``: the whole memory SQLite may hold for pages; who reads a table once from end to end needs none.
+        """
         db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA trusted_schema = OFF")
         db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("PRAGMA cache_size = -8192")  # KiB: the whole memory SQLite may hold for pages
+        db.execute(f"PRAGMA cache_size = -{cache_kib}")
         return db
 
     def _create(self, chunk_size: int) -> None:
@@ -258,7 +261,7 @@ class Index:
 
     def usage(self) -> tuple[int, int]:
         """(bytes held, inodes) of the whole volume, counted on a connection of its own: it may take a second."""
-        with translated(), contextlib.closing(self.connect()) as db:
+        with translated(), contextlib.closing(self.connect(cache_kib=256)) as db:
             held, count = db.execute("SELECT total(held), count(*) FROM inode").fetchone()
         return int(held), count
 
