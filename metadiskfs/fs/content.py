@@ -20,7 +20,7 @@ from metadiskfs.fs.work import Hasher, WorkFile
 from metadiskfs.store.cache import Cache
 from metadiskfs.store.chunks import Chunks, ContentChange, SealedWork, Slot
 from metadiskfs.store.fetcher import Fetcher
-from metadiskfs.store.files import Digest, copy_range, fsync_folder
+from metadiskfs.store.files import Digest, copy_range, fsync_folder, read_at
 from metadiskfs.store.index import Index
 
 _SMALL = 32 * 1024
@@ -106,7 +106,7 @@ class Content:
         filled = 0
         if work is not None:
             with self._store.cache.descriptors.borrow(work.path) as fd:
-                filled = _read(fd, piece, start, work.length)
+                filled = read_at(fd, piece[: max(0, work.length - start)], start)
         elif (held := self._slots.get(slot)) is not None and start < held.length:
             opened = self._store.cache.open_chunk(held.sha256)
             if opened is None:
@@ -114,7 +114,7 @@ class Content:
                 piece[filled:] = bytes(max(0, len(piece) - filled))
                 return held
             with opened as fd:
-                filled = _read(fd, piece, start, held.length)
+                filled = read_at(fd, piece[: held.length - start], start)
         if filled < len(piece):
             piece[filled:] = bytes(len(piece) - filled)
         return None
@@ -495,15 +495,3 @@ class Content:
                 self._slots[slot] = self._changed[slot] = held
             self.inode.size = max(self.inode.size, size)
             self._modified()
-
-
-def _read(fd: int, piece: memoryview, start: int, length: int) -> int:
-    """Read into ``piece`` what the file has between ``start`` and ``length``; returns the count."""
-    wanted = min(len(piece), length - start)
-    done = 0
-    while done < wanted:
-        count = os.preadv(fd, [piece[done:wanted]], start + done)
-        if count == 0:
-            break
-        done += count
-    return max(done, 0)

@@ -25,7 +25,7 @@ from metadiskfs.fs.aliases import Aliases
 from metadiskfs.fs.hidden import HiddenFiles
 from metadiskfs.fs.inode import Inode
 from metadiskfs.fs.links import links_of
-from metadiskfs.fs.stat_layout import BLOCK_SIZE, StatLayout
+from metadiskfs.fs.stat_layout import BLOCK_SIZE, StatLayout, time_ns
 from metadiskfs.fs.tree import RENAME_EXCHANGE, XATTR_SIZE_MAX, posix_error
 from metadiskfs.fs.volume import Volume
 
@@ -54,7 +54,6 @@ _CALLBACKS = (
 )  # fmt: skip
 _FILL_DIR_PLUS = 2
 _READDIR_PLUS = 1
-_UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 _CAP_HANDLE_KILLPRIV, _CAP_HANDLE_KILLPRIV_V2 = 1 << 20, 1 << 21
 _CAP_WRITEBACK_CACHE = 1 << 16
 _CAP_READDIRPLUS_AUTO = 1 << 14
@@ -216,9 +215,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
         self._writable()
         inode = self._inode_of(path, fip)
         times = (
-            (_time_ns(buf.contents.actime), _time_ns(buf.contents.modtime))
-            if buf
-            else (time.time_ns(), time.time_ns())
+            (time_ns(buf.contents.actime), time_ns(buf.contents.modtime)) if buf else (time.time_ns(), time.time_ns())
         )
         self._tree.set_attributes(inode, atime_ns=times[0], mtime_ns=times[1])
         self._changed(inode, path, fip)
@@ -506,12 +503,3 @@ def _return_bytes(data: bytes, buffer: Any, size: int) -> int:
         raise posix_error(errno.ERANGE)
     ctypes.memmove(buffer, data, len(data))
     return len(data)
-
-
-def _time_ns(value: Any) -> int | None:
-    """A timespec of utimensat(2); None for UTIME_OMIT."""
-    if value.tv_nsec == _UTIME_OMIT:
-        return None
-    if value.tv_nsec == _UTIME_NOW:
-        return time.time_ns()
-    return int(value.tv_sec) * 10**9 + int(value.tv_nsec)

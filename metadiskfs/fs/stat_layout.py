@@ -1,11 +1,17 @@
-"""Writing a whole ``struct stat`` at once: setting its fields one by one costs more than the rest of a getattr."""
+"""The kernel's structures of attributes.
+
+A whole ``struct stat`` is written at once: setting its fields one by one costs more than the rest of a getattr.
+"""
 
 import ctypes
 import struct
+import time
 from typing import Any
 
 BLOCK_SIZE = 4096
 """Bytes: the st_blksize shown, by which programs choose their buffers."""
+
+_UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2  # linux/stat.h
 
 _FIELDS = (
     "st_dev", "st_ino", "st_nlink", "st_mode", "st_uid", "st_gid", "st_rdev", "st_size", "st_blksize", "st_blocks",
@@ -38,3 +44,12 @@ class StatLayout:
             target, 0, 0, number, one, two, uid, gid, rdev, size, BLOCK_SIZE, -(-held // 512),
             *divmod(atime_ns, 10**9), *divmod(mtime_ns, 10**9), *divmod(ctime_ns, 10**9),
         )  # fmt: skip
+
+
+def time_ns(value: Any) -> int | None:
+    """A timespec of utimensat(2); None for UTIME_OMIT."""
+    if value.tv_nsec == _UTIME_OMIT:
+        return None
+    if value.tv_nsec == _UTIME_NOW:
+        return time.time_ns()
+    return int(value.tv_sec) * 10**9 + int(value.tv_nsec)

@@ -18,6 +18,7 @@ from metadiskfs.metadisk.jobs import FetchJob, FetchResult
 from metadiskfs.metadisk.wire import BLOCK_SIZE
 from metadiskfs.store.cache import Cache
 from metadiskfs.store.chunks import ChunkRow, Chunks
+from metadiskfs.store.files import read_at
 from metadiskfs.store.ports import Transfer
 from metadiskfs.store.schema import LOST, STORED
 
@@ -227,12 +228,8 @@ class Fetcher:
 
 
 def _read_exactly(fd: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if count == 0:
-            raise ContentMismatch("a chunk file is shorter than its chunk")
-        done += count
+    if read_at(fd, view, offset) < len(view):
+        raise ContentMismatch("a chunk file is shorter than its chunk")
 
 
 def _error(result: FetchResult, chunk: ChunkRow) -> MetadiskfsError:

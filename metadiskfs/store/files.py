@@ -31,6 +31,17 @@ def digest_of(fd: int) -> Digest:
     return Digest(hasher.digest(), size)
 
 
+def read_at(fd: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` from ``offset`` (bytes) on; returns the count, less than its length at the file's end."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
 def fsync_folder(path: str | Path) -> None:
     """Make names created or removed in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
