@@ -54,21 +54,18 @@ class Inode:
         self.closed = 0.0
         self.content: Content | None = None
 
+    def attributes(self) -> tuple[int, ...]:
+        """In the order of StatLayout.pack() and of an InodeRow."""
+        return (
+            self.number, self.mode, self.uid, self.gid, self.nlink, self.size, self.held, self.rdev,
+            self.atime_ns, self.mtime_ns, self.ctime_ns,
+        )  # fmt: skip
+
     def row(self) -> InodeRow:
         return (
-            self.number,
-            self.mode,
-            self.uid,
-            self.gid,
-            self.nlink,
-            self.size,
-            self.held,
-            self.rdev,
-            self.atime_ns,
-            self.mtime_ns,
-            self.ctime_ns,
-            self.target,
-        )
+            self.number, self.mode, self.uid, self.gid, self.nlink, self.size, self.held, self.rdev,
+            self.atime_ns, self.mtime_ns, self.ctime_ns, self.target,
+        )  # fmt: skip
 
     @property
     def is_directory(self) -> bool:

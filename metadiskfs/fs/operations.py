@@ -190,7 +190,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
 
     def getattr_fuse_3(self, path: bytes | None, buf: Any, fip: Any) -> None:
         inode = self._inode_of(path, fip)
-        attributes = _attributes(inode)
+        attributes = inode.attributes()
         if inode.nlink and self._hidden and self._is_hidden(path, fip):
             attributes = (*attributes[:4], inode.nlink + 1, *attributes[5:])  # libfuse takes one off
         _stat.pack(_stat.Buffer.from_address(ctypes.addressof(buf.contents)), *attributes)
@@ -340,7 +340,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
             if position < 2:
                 directory = listing.directory
                 name: bytes = (b".", b"..")[position]
-                _stat.pack(view, *(_attributes(directory)))
+                _stat.pack(view, *directory.attributes())
                 full = filler(buf, name, pointer, position + 1, 0)
             else:
                 entry = listing.entry(position - 2)
@@ -350,7 +350,7 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
                     position += 1
                     continue
                 inode = self._tree.in_memory(entry[1])
-                attributes = entry[1:12] if inode is None else _attributes(inode)
+                attributes = entry[1:12] if inode is None else inode.attributes()
                 _stat.pack(view, *attributes)
                 known = (
                     plus if attributes[4] == 1 or stat.S_ISDIR(attributes[1]) else 0
@@ -486,13 +486,6 @@ class Operations(mfusepy.FUSE):  # type: ignore[misc]
             raise posix_error(errno.EOPNOTSUPP)  # POSIX ACLs among them: refused, not ignored
         if name.startswith(b"user.metadisk."):
             raise posix_error(errno.EPERM)
-
-
-def _attributes(inode: Inode) -> tuple[int, ...]:
-    return (
-        inode.number, inode.mode, inode.uid, inode.gid, inode.nlink, inode.size, inode.held, inode.rdev,
-        inode.atime_ns, inode.mtime_ns, inode.ctime_ns,
-    )  # fmt: skip
 
 
 def _return_bytes(data: bytes, buffer: Any, size: int) -> int:
